@@ -1,0 +1,104 @@
+"""`soci create IMAGE`: build the SOCI index (v1) of a local image."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+
+from snapshotter.cli.context import Context, LocatedImage
+from snapshotter.cli.options import Commands, add_layout, add_platforms
+from snapshotter.errors import NotFound
+from snapshotter.oci.descriptor import Platform
+from snapshotter.soci.content import ArtifactStore
+from snapshotter.soci.create import (
+    DEFAULT_MIN_LAYER_SIZE,
+    CreatedIndex,
+    CreateOptions,
+    IndexBuilder,
+    LayerOutcome,
+)
+from snapshotter.soci.platforms import PlatformImage
+from snapshotter.ztoc.build import DEFAULT_BUILD_TOOL, DEFAULT_SPAN_SIZE
+
+_IMAGE_LABEL = "containerd.io/gc.ref.content.soci-index"
+"""On an image record: keeps the index from the garbage collector as long as the image exists."""
+
+
+def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    parser = commands.add_parser("create", parents=[shared], help="build the SOCI index of an image")
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument(
+        "--span-size",
+        type=int,
+        default=DEFAULT_SPAN_SIZE,
+        metavar="BYTES",
+        help="uncompressed bytes per span (%(default)s)",
+    )
+    parser.add_argument(
+        "--min-layer-size",
+        type=int,
+        default=DEFAULT_MIN_LAYER_SIZE,
+        metavar="BYTES",
+        help="smaller layers are not indexed (%(default)s)",
+    )
+    parser.add_argument("--force", "-f", action="store_true", help="build zTOCs anew that exist already")
+    parser.add_argument(
+        "--build-tool-identifier",
+        default=DEFAULT_BUILD_TOOL,
+        metavar="TEXT",
+        help="stored in the artifacts, hence part of every digest (%(default)s)",
+    )
+    add_platforms(parser)
+    add_layout(parser)
+    parser.set_defaults(command=run)
+
+
+def run(context: Context) -> None:
+    """Build an index per platform, each stored before the next is begun."""
+    arguments = context.arguments
+    options = CreateOptions(
+        span_size=arguments.span_size,
+        min_layer_size=arguments.min_layer_size,
+        build_tool=arguments.build_tool_identifier,
+        force=arguments.force,
+    )
+    with context.time_limit():
+        image = context.locate(arguments.image)
+        for platform_image in image.platforms(context.platforms()):
+            create(context, image, platform_image, options)
+
+
+def create(
+    context: Context, image: LocatedImage, platform_image: PlatformImage, options: CreateOptions
+) -> CreatedIndex:
+    """Build and store one index, and tie its life in containerd to the image's. Prints a line per layer."""
+    with contextlib.ExitStack() as stack:
+        store: ArtifactStore = context.layout_store
+        if context.keeps_in_containerd:
+            store = stack.enter_context(context.containerd.lease()).content
+        builder = IndexBuilder(image.source, store, context.database, options, report=_print_layer)
+        try:
+            created = builder.build(
+                platform_image, image.root.digest, gc_root=None if image.in_containerd else _now()
+            )
+        except NotFound as error:
+            raise image.incomplete(error) from error
+        if context.keeps_in_containerd and image.in_containerd:
+            context.containerd.images.label(image.name, _labels(created, platform_image.platform))
+    return created
+
+
+def _labels(created: CreatedIndex, platform: Platform) -> dict[str, str]:
+    """The field's own label holds one index; a second one per platform keeps the others alive as well."""
+    digest = str(created.index.digest)
+    return {_IMAGE_LABEL: digest, f"{_IMAGE_LABEL}.{str(platform).replace('/', '-')}": digest}
+
+
+def _print_layer(outcome: LayerOutcome) -> None:
+    print(outcome, flush=True)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,41 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
+"""What `add_parser` of a command is given to add itself to; argparse has no public name for it."""
+
+
+def add_platforms(parser: argparse.ArgumentParser) -> None:
+    """--platform and --all-platforms."""
+    parser.add_argument(
+        "--platform",
+        "-p",
+        action="append",
+        default=[],
+        metavar="OS/ARCH",
+        help="a platform to work on, may be repeated (this host's)",
+    )
+    parser.add_argument("--all-platforms", action="store_true", help="work on every platform of the image")
+
+
+def add_registry(parser: argparse.ArgumentParser) -> None:
+    """--user and --plain-http."""
+    parser.add_argument(
+        "--user", "-u", metavar="NAME[:PASSWORD]", help="credentials (those of docker's config.json)"
+    )
+    parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry, not HTTPS")
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """--oci-layout."""
+    parser.add_argument(
+        "--oci-layout",
+        type=Path,
+        metavar="PATH",
+        help="take the image from this OCI layout, a directory or tar, and not from containerd",
+    )

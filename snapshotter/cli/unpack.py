@@ -1,0 +1,164 @@
+"""Turning the layers of an image into snapshots, as containerd's own client does it.
+
+Layers go in order. For each one the snapshotter is asked to prepare it under its chain ID's label: a remote
+snapshotter answers that it exists, and the layer's blob is never fetched. The first time a snapshotter gives ordinary
+mounts instead, that layer and all above it are downloaded (concurrently, in the background) and each is applied and
+committed when its turn comes.
+
+Concurrency: one trio task. What a cancellation interrupts is removed: the half-made snapshot here, blobs by
+`Downloads`, the rest by the lease that the caller holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+import trio
+
+from snapshotter.cli.download import Downloads
+from snapshotter.cli.labels import SNAPSHOT_REF
+from snapshotter.cli.nursery import open_nursery
+from snapshotter.containerd.client import Containerd
+from snapshotter.containerd.snapshots import Mounts
+from snapshotter.errors import AlreadyExists, DigestMismatch, SnapshotterError
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.units import Digest, sha256_digest
+
+UNCOMPRESSED_LABEL: Final = "containerd.io/uncompressed"
+"""On a layer blob: its diffID, once unpacking has shown it."""
+_ATTEMPTS: Final = 3
+"""To prepare a layer which the snapshotter says exists and then does not show; containerd's number."""
+
+
+class Outcome(Enum):
+    """How a layer's snapshot came to be."""
+
+    PRESENT = "present"
+    """It was there before."""
+    REMOTE = "remote"
+    """The snapshotter made it without the blob."""
+    UNPACKED = "unpacked"
+    """Its blob was downloaded and unpacked."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackedLayer:
+    """One layer that has a snapshot now."""
+
+    layer: Descriptor
+    chain_id: Digest
+    outcome: Outcome
+    seconds: float
+
+
+def chain_ids(diff_ids: Sequence[Digest]) -> list[Digest]:
+    """Return the name of each layer's snapshot: it depends on the layer and on every one below."""
+    chain: list[Digest] = []
+    for diff_id in diff_ids:
+        chain.append(sha256_digest(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+    return chain
+
+
+class Unpacker:
+    """Makes the snapshots of one image, in one snapshotter."""
+
+    def __init__(
+        self,
+        containerd: Containerd,
+        snapshotter: str,
+        downloads: Downloads,
+        *,
+        labels: Callable[[int], Mapping[str, str]] = lambda _: {},
+        report: Callable[[int, UnpackedLayer], None] = lambda _position, _layer: None,
+    ) -> None:
+        """`labels` are for the snapshot of the layer of that position, besides the chain ID's own."""
+        self._containerd = containerd
+        self._snapshots = containerd.snapshots(snapshotter)
+        self._downloads = downloads
+        self._labels = labels
+        self._report = report
+
+    async def unpack(self, layers: Sequence[Descriptor], diff_ids: Sequence[Digest]) -> list[UnpackedLayer]:
+        """Make a snapshot of each layer, lowest first. Raises SnapshotterError naming the layer."""
+        chain = chain_ids(diff_ids)
+        finished: list[UnpackedLayer] = []
+        async with open_nursery() as nursery:
+            for position, layer in enumerate(layers):
+                begin = time.monotonic()
+                parent = chain[position - 1] if position else ""
+                outcome = await self._layer(
+                    position, layers, diff_ids[position], parent, chain[position], nursery
+                )
+                finished.append(UnpackedLayer(layer, chain[position], outcome, time.monotonic() - begin))
+                self._report(position, finished[-1])
+            # Blobs of layers that turned out to have a snapshot are not waited for.
+            nursery.cancel_scope.cancel()
+        return finished
+
+    async def _layer(
+        self,
+        position: int,
+        layers: Sequence[Descriptor],
+        diff_id: Digest,
+        parent: str,
+        chain_id: Digest,
+        nursery: trio.Nursery,
+    ) -> Outcome:
+        if await trio.to_thread.run_sync(self._snapshots.exists, chain_id):
+            return Outcome.PRESENT
+        labels = {SNAPSHOT_REF: str(chain_id), **self._labels(position)}
+        key = f"extract-{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)} {chain_id}"
+        mounts = await self._prepare(key, parent, chain_id, labels)
+        if mounts is None:
+            return Outcome.REMOTE
+        layer = layers[position]
+        committed = False
+        try:
+            self._downloads.start(layers[position:], nursery)
+            await self._downloads.wait(layer.digest)
+            found = await self._apply(layer, mounts)
+            if found != diff_id:
+                raise DigestMismatch(
+                    f"layer {layer.digest}: uncompressed it has digest {found}, but the image's config says {diff_id}"
+                )
+            with contextlib.suppress(AlreadyExists):
+                await trio.to_thread.run_sync(self._snapshots.commit, chain_id, key, labels)
+                committed = True
+        finally:
+            if not committed:
+                with contextlib.suppress(SnapshotterError):
+                    self._snapshots.remove(key)
+        await trio.to_thread.run_sync(
+            self._containerd.content.label, layer.digest, {UNCOMPRESSED_LABEL: str(diff_id)}
+        )
+        return Outcome.UNPACKED
+
+    async def _prepare(
+        self, key: str, parent: str, chain_id: Digest, labels: Mapping[str, str]
+    ) -> Mounts | None:
+        """Return where to unpack, or None when the snapshotter has made the layer itself."""
+        for _ in range(_ATTEMPTS):
+            try:
+                return await trio.to_thread.run_sync(
+                    self._snapshots.prepare, key, parent, labels, abandon_on_cancel=True
+                )
+            except AlreadyExists:
+                if await trio.to_thread.run_sync(self._snapshots.exists, chain_id):
+                    return None
+        raise SnapshotterError(
+            f"layer snapshot {chain_id}: snapshotter {self._snapshots.snapshotter} says it exists but does not show it"
+        )
+
+    async def _apply(self, layer: Descriptor, mounts: Mounts) -> Digest:
+        """Let containerd unpack a layer; on cancellation, stop it before its directory goes away."""
+        work = self._containerd.apply(layer, mounts)
+        try:
+            return await trio.to_thread.run_sync(work.result, abandon_on_cancel=True)
+        finally:
+            work.cancel()

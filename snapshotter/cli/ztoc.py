@@ -1,0 +1,152 @@
+"""`soci ztoc ls|info|get-file`: the zTOCs that were made here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from snapshotter.cli.context import Context, digest_argument
+from snapshotter.cli.options import Commands
+from snapshotter.cli.output import print_json, print_table
+from snapshotter.errors import NotFound, SnapshotterError, UsageError
+from snapshotter.soci.artifacts import ZtocRow
+from snapshotter.soci.content import ContentSource, read_verified
+from snapshotter.soci.extract import find_file, read_file
+from snapshotter.soci.index import parse as parse_index
+from snapshotter.units import Digest
+from snapshotter.ztoc.model import FileEntry, Ztoc
+from snapshotter.ztoc.parse import parse
+from snapshotter.ztoc.spans import covering, spans_of
+
+_HEADER = ("DIGEST", "SIZE", "LAYER DIGEST")
+_MAX_ZTOC_SIZE = 2 << 30
+
+
+def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
+    """Add the command group."""
+    group = commands.add_parser("ztoc", help="manage zTOCs").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    listing = group.add_parser("list", aliases=["ls"], parents=[shared], help="list zTOCs")
+    listing.add_argument("--ztoc-digest", metavar="DIGEST", help="only this zTOC")
+    listing.add_argument("--image-ref", metavar="IMAGE", help="only zTOCs of this image")
+    listing.add_argument("--quiet", "-q", action="store_true", help="print only digests")
+    listing.set_defaults(command=run_list)
+    info = group.add_parser("info", parents=[shared], help="print what a zTOC holds, as JSON")
+    info.add_argument("digest", metavar="DIGEST")
+    info.set_defaults(command=run_info)
+    get_file = group.add_parser(
+        "get-file", parents=[shared], help="read one file of a local layer through its zTOC"
+    )
+    get_file.add_argument("digest", metavar="DIGEST")
+    get_file.add_argument("file", metavar="FILE")
+    get_file.add_argument("--output", "-o", type=Path, metavar="PATH", help="where to write it (stdout)")
+    get_file.set_defaults(command=run_get_file)
+
+
+def run_list(context: Context) -> None:
+    """Print a line per zTOC."""
+    arguments = context.arguments
+    digest = digest_argument(arguments.ztoc_digest) if arguments.ztoc_digest else None
+    rows = context.database.ztocs(digest=digest)
+    if arguments.image_ref:
+        of_image = _ztocs_of_image(context, arguments.image_ref)
+        rows = [row for row in rows if row.digest in of_image]
+        if digest is not None and not rows:
+            raise UsageError(f"zTOC {digest}: not one of image {arguments.image_ref}")
+    if arguments.quiet:
+        for row in rows:
+            print(row.digest)
+    else:
+        print_table(_HEADER, [(row.digest, row.size, row.layer_digest) for row in rows])
+
+
+def run_info(context: Context) -> None:
+    """Print versions, sizes and every file with the spans that hold it."""
+    row, _, ztoc = _load(context)
+    print_json(_describe(row, ztoc))
+
+
+def run_get_file(context: Context) -> None:
+    """Write one file's content, each span verified on the way."""
+    arguments = context.arguments
+    row, data, ztoc = _load(context)
+    entry = find_file(ztoc, arguments.file)
+    pieces = read_file(entry, ztoc, data, row.layer_digest, _layer_source(context, row.layer_digest))
+    if arguments.output is None:
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with arguments.output.open("wb") as output:
+            output.writelines(pieces)
+    except OSError as error:
+        raise SnapshotterError(f"cannot write {arguments.output}: {error.strerror}") from error
+
+
+def _load(context: Context) -> tuple[ZtocRow, bytes, Ztoc]:
+    """Return row, bytes and value of the zTOC that the command names."""
+    digest = digest_argument(context.arguments.digest)
+    rows = context.database.ztocs(digest=digest)
+    if not rows:
+        if context.database.indices(digest=digest):
+            raise UsageError(f"{digest} is a SOCI index and not a zTOC: see `soci index info`")
+        raise UsageError(f"zTOC {digest}: not known here; `soci ztoc ls` lists those that are")
+    data = read_verified(context.artifacts, digest, limit=_MAX_ZTOC_SIZE)
+    return rows[0], data, parse(data)
+
+
+def _describe(row: ZtocRow, ztoc: Ztoc) -> dict[str, Any]:
+    starts = [span.uncompressed_start for span in spans_of(ztoc)]
+    files = [_describe_file(entry, starts) for entry in ztoc.entries]
+    return {
+        "version": ztoc.version,
+        "build_tool": ztoc.build_tool,
+        "size": row.size,
+        "span_size": row.span_size,
+        "num_spans": len(starts),
+        "num_files": len(files),
+        "num_multi_span_files": sum(file["start_span"] != file["end_span"] for file in files),
+        "files": files,
+    }
+
+
+def _describe_file(entry: FileEntry, starts: Sequence[int]) -> dict[str, Any]:
+    # An entry without data still has a place: the span where its data would begin.
+    length = entry.size if entry.kind == "reg" else 0
+    spans = covering(starts, entry.offset, entry.offset + max(length, 1))
+    return {
+        "filename": entry.name.decode("utf-8", "replace"),
+        "offset": entry.offset,
+        "size": entry.size,
+        "type": entry.kind,
+        "start_span": spans[0],
+        "end_span": spans[-1],
+    }
+
+
+def _ztocs_of_image(context: Context, name: str) -> set[Digest]:
+    """Return the zTOCs in the image's indices; an index that is gone from the store has none."""
+    found: set[Digest] = set()
+    for row in context.database.indices(image_digest=context.locate(name).root.digest):
+        try:
+            index = parse_index(read_verified(context.artifacts, row.digest))
+        except NotFound:
+            continue
+        found.update(entry.ztoc for entry in index.ztocs)
+    return found
+
+
+def _layer_source(context: Context, layer: Digest) -> ContentSource:
+    """Return where the layer's blob is: with the artifacts, or else in containerd. Raises UsageError."""
+    for source in (context.artifacts, context.containerd.content):
+        try:
+            source.size(layer)
+        except NotFound:
+            continue
+        return source
+    raise UsageError(f"layer {layer}: not in a local content store; pull its image first")

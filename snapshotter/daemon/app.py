@@ -1,0 +1,292 @@
+"""The composition root: makes every part, hands each what it needs, and runs them in order.
+
+    root lock -> former generation gone -> holder -> zygote, fetcher, keeper -> start-up test
+      -> mounts restored (no network) -> gRPC, /metrics, status -> ready
+
+Everything ends when the process does: mounts stay (the holder has their descriptors), servers, fetcher and
+zygote end with this generation.
+
+Concurrency: one trio loop on the main thread; gRPC and /metrics bring threads of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import grpc
+import trio
+
+from snapshotter import __version__
+from snapshotter.api import snapshots_pb2_grpc
+from snapshotter.daemon import generation, metrics, selftest
+from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
+from snapshotter.daemon.catalog import Catalog
+from snapshotter.daemon.config import Config
+from snapshotter.daemon.discovery import Modes
+from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.provider import Provider, ProviderSettings
+from snapshotter.daemon.service import SnapshotsService
+from snapshotter.daemon.sources import BlobSources
+from snapshotter.daemon.status import SOCKET_NAME, Status
+from snapshotter.daemon.unpacking import Unpacker
+from snapshotter.errors import ConfigError
+from snapshotter.fuse.forker import Forker
+from snapshotter.fuse.holding import HolderClient
+from snapshotter.fuse.keeper import Keeper
+from snapshotter.fuse.mountpoint import MountSpec
+from snapshotter.layer.store import LayerStore
+from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.keychain import DockerConfigKeychain
+from snapshotter.registry.retry import RetryPolicy, Timeouts
+from snapshotter.sdnotify import Notifier
+from snapshotter.snapshot.directories import metadata_path
+from snapshotter.snapshot.lock import RootLock
+from snapshotter.snapshot.snapshotter import Snapshotter
+from snapshotter.snapshot.store import SnapshotStore
+
+_log = logging.getLogger(__name__)
+
+HOLDER_SOCKET = "holder.sock"
+
+_GRPC_THREADS = 32
+"""containerd prepares one layer of an image after another; this is how many images may be pulled at once."""
+
+
+class App:
+    """The daemon on one root."""
+
+    def __init__(self, config: Config, root: Path, address: Path, log_level: str) -> None:
+        self._config = config
+        self._root = root
+        self._address = address
+        self._log_level = log_level
+        self._totals: metrics.Totals
+        self._keeper: Keeper
+        self._fetcher: FetcherProcess
+        self._provider: Provider
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError."""
+        with ExitStack() as cleanup:
+            cleanup.enter_context(RootLock(self._root))
+            self._root.chmod(0o700)
+            lock = await trio.to_thread.run_sync(generation.begin, self._root / "generation")
+            cleanup.callback(os.close, lock)
+            holder = HolderClient(str(self._root / HOLDER_SOCKET))
+            await trio.to_thread.run_sync(holder.connect)
+            cleanup.callback(holder.close)
+            async with RegistryClient(
+                keychain=DockerConfigKeychain(), timeouts=self._timeouts(), retry=self._retry()
+            ) as client:
+                await self._run(client, holder, lock, cleanup)
+
+    async def _run(self, client: RegistryClient, holder: HolderClient, lock: int, cleanup: ExitStack) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                await self._start(client, holder, lock, cleanup, nursery)
+                async for number in signals:
+                    _log.info("ending; mounts stay", extra={"signal": signal.Signals(number).name})
+                    Notifier.from_environ().stopping()
+                    break
+                nursery.cancel_scope.cancel()
+
+    async def _start(
+        self,
+        client: RegistryClient,
+        holder: HolderClient,
+        lock: int,
+        cleanup: ExitStack,
+        nursery: trio.Nursery,
+    ) -> None:
+        """Make the parts and run them, in the order of the module's docstring."""
+        root = self._root
+        forker = Forker(str(root / "empty"), inherited_fds=[lock], log_level=self._log_level)
+        sources = BlobSources(client)
+        self._fetcher = self._make_fetcher(sources, lock)
+        self._keeper = self._make_keeper(holder, forker)
+        self._totals = metrics.Totals(self._counters_of_mounts)
+        store = SnapshotStore(metadata_path(root))
+        self._provider = self._make_provider(client, sources, forker, store, nursery)
+        status = Status(
+            holder=holder,
+            forker=forker,
+            fetcher=self._fetcher,
+            keeper=self._keeper,
+            not_lazy=lambda: self._provider.not_lazy,
+        )
+        await nursery.start(self._keeper.run)
+        nursery.start_soon(forker.run)
+        nursery.start_soon(self._fetcher.run)
+        nursery.start_soon(self._watch_holder, holder)
+        await self._provider.restore()
+        await self._test_laziness()
+        self._serve_metrics(cleanup)
+        nursery.start_soon(status.serve, root / SOCKET_NAME)
+        self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
+        Notifier.from_environ().ready()
+        _log.info(
+            "ready",
+            extra={"address": str(self._address), "version": __version__, "mounts": len(self._keeper.mounts)},
+        )
+
+    def _make_fetcher(self, sources: BlobSources, lock: int) -> FetcherProcess:
+        return FetcherProcess(
+            self._root,
+            options=self._fetcher_options(),
+            source_of=lambda layer, renew: sources.find(layer, renew=renew),
+            on_restart=lambda: self._keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
+            on_complete=_note_complete,
+            inherited_fds=[lock],
+        )
+
+    def _make_keeper(self, holder: HolderClient, forker: Forker) -> Keeper:
+        fuse = self._config.fuse
+        return Keeper(
+            holder=holder,
+            forker=forker,
+            gate=self._fetcher,
+            idle_timeout=fuse.idle_timeout_sec,
+            read_budget=fuse.read_budget_sec,
+            read_ahead_kb=fuse.read_ahead_kb,
+            on_gone=self._note_gone,
+        )
+
+    def _make_provider(
+        self,
+        client: RegistryClient,
+        sources: BlobSources,
+        forker: Forker,
+        store: SnapshotStore,
+        nursery: trio.Nursery,
+    ) -> Provider:
+        config, root = self._config, self._root
+        layers = LayerStore(root, tidy=True)
+        modes = Modes(v1=config.pull_modes.soci_v1.enable, v2=config.pull_modes.soci_v2.enable)
+        limits = CompileLimits(config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec)
+        return Provider(
+            ProviderSettings(
+                background=config.fetch.background,
+                mount_timeout_s=config.mount_timeout_sec,
+                min_layer_size=config.snapshotter.min_layer_size,
+            ),
+            root=root,
+            layers=layers,
+            store=store,
+            catalog=Catalog(root, client, modes, nursery),
+            artifacts=LayerArtifacts(layers, client, forker, limits, nursery),
+            sources=sources,
+            fetcher=self._fetcher,
+            keeper=self._keeper,
+            unpacker=Unpacker(root, client),
+            nursery=nursery,
+        )
+
+    async def _test_laziness(self) -> None:
+        self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
+        if self._provider.not_lazy:
+            _log.error(
+                "nothing is lazy on this host; images are pulled in full",
+                extra={"reason": self._provider.not_lazy},
+            )
+
+    async def _watch_holder(self, holder: HolderClient) -> None:
+        """Give a holder that was started again what the old one had."""
+        while True:
+            pidfd = os.pidfd_open(holder.pid)
+            try:
+                await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+            _log.error("holder ended; connecting to another", extra={"pid": holder.pid})
+            holder.close()
+            await trio.to_thread.run_sync(holder.connect)
+            await self._keeper.holder_changed()
+
+    def _serve_grpc(self, snapshotter: Snapshotter, cleanup: ExitStack) -> None:
+        server = grpc.server(ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="grpc"))
+        snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
+        self._address.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            self._address.unlink()
+        old = os.umask(0o117)
+        try:
+            if not server.add_insecure_port(f"unix://{self._address}"):
+                raise ConfigError(f"cannot listen on {self._address}")
+        finally:
+            os.umask(old)
+        server.start()
+        cleanup.callback(snapshotter.close)
+        cleanup.callback(lambda: server.stop(grace=0).wait())
+
+    def _serve_metrics(self, cleanup: ExitStack) -> None:
+        config = self._config
+        if not config.metrics_address or config.no_prometheus:
+            return
+        cleanup.callback(metrics.serve(self, config.metrics_network, config.metrics_address))
+
+    # --- numbers for /metrics ---------------------------------------------------------------------------------
+
+    def mounts(self) -> Mapping[str, int]:
+        """Return how many lazy mounts there are, by state."""
+        found = Counter(str(each.state) for each in list(self._keeper.mounts.values()))
+        return {"asleep": 0, "waking": 0, "awake": 0} | found
+
+    def served(self) -> Mapping[str, int]:
+        """Return the layer servers' counters, summed."""
+        return self._totals.sum()
+
+    def fetched(self) -> Mapping[str, int]:
+        """Return the fetcher's counters."""
+        return self._fetcher.counters()
+
+    def fallbacks(self) -> Mapping[str, int]:
+        """Return how often a layer was not lazy, by reason."""
+        return dict(self._provider.fallbacks)
+
+    def _counters_of_mounts(self) -> Iterator[Mapping[str, int]]:
+        for snapshot_id in list(self._keeper.mounts):
+            with suppress(KeyError, OSError):
+                yield self._keeper.counters(snapshot_id)
+
+    def _note_gone(self, spec: MountSpec, counters: Mapping[str, int]) -> None:
+        self._totals.retire(counters)
+        if spec.snapshot_id != selftest.SELFTEST_ID:
+            self._provider.gone(spec)
+
+    # --- configuration, in the parts' own terms ---------------------------------------------------------------
+
+    def _timeouts(self) -> Timeouts:
+        http = self._config.http
+        return Timeouts(
+            connect=http.dial_timeout_msec / 1000,
+            read=http.response_header_timeout_msec / 1000,
+            total=http.request_timeout_msec / 1000,
+        )
+
+    def _retry(self) -> RetryPolicy:
+        retry = self._config.blob_retry
+        return RetryPolicy(attempts=retry.attempts, first_wait=retry.first_wait, max_wait=retry.max_wait)
+
+    def _fetcher_options(self) -> str:
+        config = self._config
+        return json.dumps(
+            {
+                "read_budget_s": config.fuse.read_budget_sec,
+                "on_demand_connections": config.fetch.ondemand_connections,
+                "background_connections": config.fetch.background_connections,
+                "memory_bytes": config.fetch.inflight_max_bytes,
+                "log_level": self._log_level,
+            }
+        )
+
+
+def _note_complete(layer: str, verified: bool) -> None:
+    _log.info("layer is complete", extra={"layer": layer, "verified": verified})

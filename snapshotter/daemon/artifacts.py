@@ -1,0 +1,223 @@
+"""A layer's zTOC and its compiled trees: fetched once, compiled once, in a process that may be lost.
+
+A zTOC is trusted because the index of an image names its digest. Two images can share a layer and yet name
+different zTOCs for it; the files of a layer belong to the first of them as long as they exist, and the second
+image is told so (UnsupportedLayer) instead of being served from a table of contents that its own index does not
+vouch for.
+
+Variants: the bottom layer of an image resolves whiteouts differently, and a directory that a layer only
+implies takes its attributes from the layers below. Where one of the two matters, the layer gets a tree of its
+own for that case (`layer/compile.py`), named by a hash of the case; most layers have just one tree.
+
+Concurrency: trio; one fetch and one compilation per layer and variant at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from snapshotter import errors, messages
+from snapshotter.daemon.flights import Flights
+from snapshotter.errors import InvalidLayerFile, InvalidZtoc, UnsupportedLayer
+from snapshotter.fuse.compiling import inherited_memfd
+from snapshotter.fuse.forker import Forker
+from snapshotter.layer.compile import DirAttributes
+from snapshotter.layer.inherit import Parent, inherited_attributes
+from snapshotter.layer.layout import TreeFlags
+from snapshotter.layer.store import LayerStore
+from snapshotter.layer.tree import Tree
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.reference import Reference
+from snapshotter.registry.client import RegistryClient
+from snapshotter.units import Digest, sha256_digest
+
+_log = logging.getLogger(__name__)
+
+COMPILE_UID = 0x7010_0000
+"""Uid of compiling children; above those of layer servers."""
+
+MAX_ZTOC_SIZE = 256 << 20
+"""A zTOC has 32 KiB for each 4 MiB of tar and some 200 bytes for each file: this is a layer of 30 GiB."""
+
+_Inherited = Mapping[bytes, DirAttributes]
+
+
+@dataclass(frozen=True, slots=True)
+class CompileLimits:
+    """What compiling one zTOC may take."""
+
+    memory_max_bytes: int
+    time_max_s: float
+
+
+class LayerArtifacts:
+    """Makes sure that a layer's zTOC and tree are on disk."""
+
+    def __init__(
+        self,
+        store: LayerStore,
+        client: RegistryClient,
+        forker: Forker,
+        limits: CompileLimits,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._store = store
+        self._client = client
+        self._forker = forker
+        self._limits = limits
+        self._flights: Flights[None] = Flights(nursery)
+
+    async def ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+        """Return when zTOC and plain tree of `layer` are there.
+
+        Raises UnsupportedLayer, InvalidZtoc, DigestMismatch, RegistryError, OSError.
+        """
+        await self._flights.join(layer, lambda: self._ensure(image, layer, ztoc))
+
+    async def variant_for(self, layer: Digest, parents: list[Parent]) -> str:
+        """Return the name of the tree that shows `layer` right above `parents` (nearest first), compiled.
+
+        Raises UnsupportedLayer, InvalidZtoc, OSError.
+        """
+        tree = await trio.to_thread.run_sync(self._open, layer)
+        try:
+            base = not parents and bool(tree.flags & TreeFlags.HAS_WHITEOUTS)
+            inherited: _Inherited = {}
+            if parents and tree.flags & TreeFlags.HAS_IMPLICIT_DIRS:
+                inherited = await trio.to_thread.run_sync(inherited_attributes, tree, parents)
+            ztoc = tree.ztoc_digest
+        finally:
+            tree.close()
+        if not base and not inherited:
+            return ""
+        variant = _variant_name(base, inherited)
+        if not self._store.has_tree(layer, variant):
+            await self._flights.join(
+                (layer, variant),
+                lambda: self._compile(layer, ztoc, variant=variant, base=base, inherited=inherited),
+            )
+        return variant
+
+    async def _ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+        if self._store.has_tree(layer):
+            try:
+                tree = await trio.to_thread.run_sync(self._open, layer)
+            except InvalidLayerFile as error:
+                _log.info("tree is made again", extra={"layer": layer, "reason": str(error)})
+            else:
+                compiled_from = tree.ztoc_digest
+                tree.close()
+                _refuse_other(layer, compiled_from, ztoc.digest)
+                return
+        if not await trio.to_thread.run_sync(self._has_ztoc, layer, ztoc.digest):
+            if ztoc.size > MAX_ZTOC_SIZE:
+                raise UnsupportedLayer(
+                    f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
+                )
+            data = await self._client.blob(image, ztoc, max_size=ztoc.size)
+            await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
+        await self._compile(layer, ztoc.digest, variant="", base=False, inherited={})
+
+    def _open(self, layer: Digest) -> Tree:
+        with open(self._store.paths(layer).tree, "rb") as file:
+            return Tree(file.fileno())
+
+    def _has_ztoc(self, layer: Digest, digest: Digest) -> bool:
+        try:
+            found = sha256_digest(self._store.paths(layer).ztoc.read_bytes())
+        except FileNotFoundError:
+            return False
+        if found != digest and self._store.has_tree(layer):
+            _refuse_other(layer, found, digest)
+        return found == digest
+
+    async def _compile(
+        self, layer: Digest, ztoc: Digest, *, variant: str, base: bool, inherited: _Inherited
+    ) -> None:
+        """Have a child compile the tree; what it writes gets its name only if the child says that all is well."""
+        started = trio.current_time()
+
+        def write(fd: int) -> None:
+            trio.from_thread.run(self._run_child, layer, ztoc, fd, base, inherited)
+
+        await trio.to_thread.run_sync(self._store.write_tree, layer, write, variant)
+        _log.info(
+            "tree compiled",
+            extra={"layer": layer, "variant": variant, "seconds": round(trio.current_time() - started, 3)},
+        )
+
+    async def _run_child(
+        self, layer: Digest, ztoc: Digest, out: int, base: bool, inherited: _Inherited
+    ) -> None:
+        near, far = messages.pair()
+        ztoc_fd = os.open(self._store.paths(layer).ztoc, os.O_RDONLY | os.O_CLOEXEC)
+        inherited_fd = inherited_memfd(inherited)
+        with near:
+            try:
+                child = await self._forker.fork(
+                    "compile",
+                    uid=COMPILE_UID,
+                    arguments={
+                        "digest": ztoc,
+                        "base": base,
+                        "memory_max_bytes": self._limits.memory_max_bytes,
+                        "cpu_max_s": self._limits.time_max_s,
+                    },
+                    fds={"ztoc": ztoc_fd, "tree": out, "answer": far.fileno(), "inherited": inherited_fd},
+                )
+            finally:
+                far.close()
+                os.close(ztoc_fd)
+                os.close(inherited_fd)
+            try:
+                with trio.move_on_after(self._limits.time_max_s * 2):
+                    await trio.lowlevel.wait_readable(near)
+                near.setblocking(False)
+                _raise_unless_ok(layer, _answer(near))
+            finally:
+                with suppress(ProcessLookupError):  # it has ended, as it should
+                    signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+                os.close(child.pidfd)
+
+
+def _answer(near: socket.socket) -> messages.Message | None:
+    try:
+        received = messages.receive(near)
+    except BlockingIOError:
+        return None
+    return received[0] if received is not None else None
+
+
+def _raise_unless_ok(layer: Digest, answer: messages.Message | None) -> None:
+    if answer is None:
+        raise InvalidZtoc(f"zTOC of layer {layer}: compiling it went over its limits of memory or time")
+    if "error" in answer:
+        kind = getattr(errors, str(answer["error"]), InvalidZtoc)
+        raise kind(f"layer {layer}: {answer['message']}")
+
+
+def _refuse_other(layer: Digest, stored: Digest, wanted: Digest) -> None:
+    if stored != wanted:
+        raise UnsupportedLayer(
+            f"layer {layer} is on this host with zTOC {stored}, and this image's index names {wanted}"
+        )
+
+
+def _variant_name(base: bool, inherited: _Inherited) -> str:
+    rows = [[path.hex(), *_plain(attributes)] for path, attributes in sorted(inherited.items())]
+    return ("base-" if base else "") + hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _plain(each: DirAttributes) -> list[object]:
+    xattrs = [[name.hex(), value.hex()] for name, value in each.xattrs]
+    return [each.mode, each.uid, each.gid, each.mtime_ns, xattrs]

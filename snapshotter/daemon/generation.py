@@ -1,0 +1,71 @@
+"""One generation of processes at a time: daemon, zygote, layer servers and fetcher live and end together.
+
+Two readers on one FUSE descriptor lose requests, and two fetchers on one file lose bytes; so a new daemon must not
+start anything before the last process of the old one is gone. All of them inherit one open file with an
+flock on it: the lock is free exactly when the last of them has ended, however it ended.
+
+Processes end on the end of their sockets. One that cannot (stuck in a system call) is found by the file that it
+has open, and killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from snapshotter.errors import ProcessFailed
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE_S = 1.0
+"""How long processes of the former generation may take to end by themselves; they need milliseconds."""
+
+_LAST_WAIT_S = 10.0
+
+
+def begin(path: Path) -> int:
+    """Wait for the former generation to end; return the descriptor that this one's processes inherit.
+
+    Raises ProcessFailed when a process of the former one cannot be killed.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    started = time.monotonic()
+    killed = False
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        waited = time.monotonic() - started
+        if waited > _PATIENCE_S and not killed:
+            killed = True
+            _kill_holders(os.fstat(fd))
+        if waited > _LAST_WAIT_S:
+            os.close(fd)
+            raise ProcessFailed(f"processes of a former daemon do not end; they have {path} open")
+        time.sleep(0.005)
+
+
+def _kill_holders(file: os.stat_result) -> None:
+    """Kill every process but this one that has `file` open."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid() and _has_open(entry, file):
+            _log.warning("a process of the former daemon is killed", extra={"pid": int(entry)})
+            with suppress(ProcessLookupError):
+                os.kill(int(entry), signal.SIGKILL)
+
+
+def _has_open(pid: str, file: os.stat_result) -> bool:
+    """Look for the file by name in /proc: following the links could touch a lazy mount."""
+    with suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines:
+                if f"ino:\t{file.st_ino}\n" in lines.read() and os.readlink(f"/proc/{pid}/fd/{fd}").endswith(
+                    "/generation"
+                ):
+                    return True
+    return False

@@ -1,0 +1,87 @@
+"""`soci-snapshotter-grpc`: the daemon, and the commands an operator runs beside it.
+
+    soci-snapshotter-grpc                          the daemon
+    soci-snapshotter-grpc status [--json]          processes and lazy mounts of the daemon on --root
+    soci-snapshotter-grpc config default|dump|check
+    soci-snapshotter-grpc holder                   keeps descriptors while the daemon is away; a unit of its own
+
+Exit codes: 0, 1 for what went wrong, 78 for a mistake in the configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from snapshotter import logs
+from snapshotter.daemon import status
+from snapshotter.daemon.app import HOLDER_SOCKET, App
+from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Settings, build_parser, run_config_command
+from snapshotter.errors import ConfigError, SnapshotterError
+from snapshotter.fuse import holder
+
+_log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code."""
+    try:
+        settings = Settings.from_args(argv, parser=_parser())
+        return _run(settings)
+    except ConfigError as error:
+        print(f"soci-snapshotter-grpc: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except SnapshotterError as error:
+        print(f"soci-snapshotter-grpc: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = build_parser()
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    shown = commands.add_parser("status", help="processes and lazy mounts of a running daemon")
+    shown.add_argument("--json", action="store_true", help="as one JSON object")
+    configuration = commands.add_parser("config", help="show or check the configuration")
+    configuration.add_argument("action", choices=ACTIONS)
+    commands.add_parser("holder", help="keep descriptors while the daemon is away")
+    return parser
+
+
+def _run(settings: Settings) -> int:
+    match settings.namespace.command:
+        case "status":
+            report = status.ask(settings.root)
+            print(json.dumps(report) if settings.namespace.json else status.render(report))
+        case "config":
+            path = settings.config_path if settings.is_config_explicit else None
+            return run_config_command(settings.namespace.action, path)
+        case "holder":
+            settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            holder.main(str(settings.root / HOLDER_SOCKET))
+        case _:
+            _daemon(settings)
+    return 0
+
+
+def _daemon(settings: Settings) -> None:
+    loaded = settings.load()
+    config = loaded.config
+    level = settings.log_level or config.log_level
+    logs.setup(level, log_format=config.log_format, role="daemon")
+    for warning in loaded.warnings:
+        _log.warning("configuration", extra={"warning": warning})
+    if settings.address.path is None:
+        raise ConfigError(
+            "--address fd:// is not supported: give a path, or unix://PATH, and remove the socket unit"
+        )
+    app = App(config, settings.root, settings.address.path, level)
+    trio.run(app.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""The layer provider: from containerd's labels to a mounted layer, or to the reason why not.
+
+For an image's first layer the index is found and every zTOC in it is fetched and compiled at once, so that the
+Prepares of the other layers, which containerd sends one after another, find everything done. A layer that
+is not in the index is unpacked as ordinary files, so that the layers above it can still be lazy: after one
+answer other than "already exists" containerd downloads all that remain.
+
+It owns the answer to "who uses this layer": when the last mount of one is gone, its files are removed.
+
+Concurrency: `provide`, `release`, … are called from gRPC threads and hop into the trio loop; everything else is in
+the loop. Nothing holds a lock across the network but a layer's own (`_LayerUse`), which only its removal waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from snapshotter.daemon.artifacts import LayerArtifacts
+from snapshotter.daemon.catalog import Catalog
+from snapshotter.daemon.discovery import Found
+from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.sources import BlobSources
+from snapshotter.daemon.unpacking import Unpacker
+from snapshotter.errors import (
+    CorruptData,
+    NoIndex,
+    NoZtoc,
+    ProcessFailed,
+    RegistryError,
+    SnapshotterError,
+    Unavailable,
+    UnsupportedLayer,
+    UsageError,
+)
+from snapshotter.fuse import mounting
+from snapshotter.fuse.keeper import Keeper
+from snapshotter.fuse.mountpoint import MountSpec
+from snapshotter.layer.inherit import Parent
+from snapshotter.layer.store import LayerStore
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.reference import Reference
+from snapshotter.snapshot.layers import Deferred, LayerRequest, Lazy, Local, Provided
+from snapshotter.snapshot.model import LazyMount, Usage
+from snapshotter.snapshot.store import SnapshotStore
+from snapshotter.units import Digest, parse_digest
+
+_log = logging.getLogger(__name__)
+
+_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+_MANIFEST_DIGEST = "containerd.io/snapshot/cri.manifest-digest"
+_LAYER_DIGEST = "containerd.io/snapshot/cri.layer-digest"
+_INDEX_DIGEST = "containerd.io/snapshot/remote/soci.index.digest"
+_LAYER_SIZE = "containerd.io/snapshot/remote/soci.size"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the labels of a Prepare say."""
+
+    image: Reference
+    layer: Digest
+    index: Digest | None
+
+    @classmethod
+    def from_labels(cls, labels: Mapping[str, str]) -> Asked | None:
+        """Return what is asked, None when the labels of a remote snapshotter are missing or not well formed."""
+        try:
+            index = labels.get(_INDEX_DIGEST, "")
+            return cls(
+                Reference.parse(labels[_IMAGE_REF]).with_digest(parse_digest(labels[_MANIFEST_DIGEST])),
+                parse_digest(labels[_LAYER_DIGEST]),
+                parse_digest(index) if index else None,
+            )
+        except (KeyError, ValueError, UsageError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderSettings:
+    """Of the configuration, what the provider goes by."""
+
+    background: bool
+    mount_timeout_s: float
+    min_layer_size: int
+
+
+class Provider:
+    """The LayerProvider of the daemon."""
+
+    def __init__(
+        self,
+        settings: ProviderSettings,
+        *,
+        root: Path,
+        layers: LayerStore,
+        store: SnapshotStore,
+        catalog: Catalog,
+        artifacts: LayerArtifacts,
+        sources: BlobSources,
+        fetcher: FetcherProcess,
+        keeper: Keeper,
+        unpacker: Unpacker,
+        nursery: trio.Nursery,
+        not_lazy: str = "",
+    ) -> None:
+        self._settings = settings
+        self._snapshots = root / "snapshotter" / "snapshots"
+        self._layers = layers
+        self._store = store
+        self._catalog = catalog
+        self._artifacts = artifacts
+        self._sources = sources
+        self._fetcher = fetcher
+        self._keeper = keeper
+        self._unpacker = unpacker
+        self._nursery = nursery
+        self.not_lazy = not_lazy
+        """Why nothing can be lazy on this host; empty when it can."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._uses: dict[Digest, int] = {}
+        self._locks: dict[Digest, trio.Lock] = {}
+        self._prepared: set[Digest] = set()
+        self.fallbacks: dict[str, int] = {}
+        """How often a layer was not lazy, by reason."""
+
+    # --- called from gRPC threads -------------------------------------------------------------------------
+
+    def provide(self, request: LayerRequest) -> Provided:
+        """Mount or unpack the layer, or say why neither."""
+        return trio.from_thread.run(self._provide, request, trio_token=self._token)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise Unavailable when one of these lazy snapshots is not mounted."""
+        for snapshot_id in ids:
+            if snapshot_id not in self._keeper.mounts:
+                raise Unavailable(
+                    f"lazy layer of snapshot {snapshot_id} is not mounted; see the daemon's log of its start"
+                )
+
+    def wake(self, ids: Sequence[int]) -> None:
+        """Start servers for these lazy snapshots."""
+        self._token.run_sync_soon(self._keeper.wake, tuple(ids))
+
+    def usage(self, snapshot_id: int) -> Usage | None:
+        """Return what the layer of a lazy snapshot occupies in the cache."""
+        mountpoint = self._keeper.mounts.get(snapshot_id)
+        if mountpoint is None:
+            return None
+        return self._usage(mountpoint.spec.layer, mountpoint.facts.files)
+
+    def release(self, snapshot_id: int, directory: Path) -> bool:
+        """Unmount a lazy layer, also one that a former daemon left in the middle of a Prepare."""
+        released = trio.from_thread.run(self._keeper.unmount, snapshot_id, trio_token=self._token)
+        released = released or mounting.detach(str(directory))
+        self._store.forget_mount(snapshot_id)
+        return released
+
+    def close(self) -> None:
+        """Nothing: mounts outlive the daemon."""
+
+    # --- in the loop --------------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """Take every mount that the store knows back into service; needs no network."""
+        specs = []
+        known = set(await trio.to_thread.run_sync(self._store.ids))
+        for mount in await trio.to_thread.run_sync(self._store.lazy_mounts):
+            if (
+                mount.snapshot_id not in known
+            ):  # a Prepare that was interrupted; Cleanup removes its directory
+                continue
+            self._sources.learn(mount.layer, Reference.parse(mount.image_ref))
+            self._uses[mount.layer] = self._uses.get(mount.layer, 0) + 1
+            specs.append(self._spec(mount.snapshot_id, mount.layer, mount.tree_variant))
+        for layer in {spec.layer for spec in specs}:
+            try:
+                await self._fetcher.open(layer, background=self._settings.background)
+            except ProcessFailed as error:
+                _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
+        await self._keeper.restore(specs)
+
+    def gone(self, spec: MountSpec) -> None:
+        """Note that a mount has ended; the last one of a layer takes its files along."""
+        self._nursery.start_soon(self._drop_use, spec.layer)
+
+    async def _provide(self, request: LayerRequest) -> Provided:
+        asked = Asked.from_labels(request.labels)
+        if asked is None:
+            return self._deferred(
+                "missing-labels", request, "the client sent no labels for a remote snapshotter"
+            )
+        try:
+            with trio.fail_after(self._settings.mount_timeout_s):
+                found = await self._catalog.resolve(asked.image, asked.index)
+        except NoIndex as error:
+            return self._deferred("no-index", request, error)
+        except trio.TooSlowError:
+            return self._deferred("timeout", request, f"no index within {self._settings.mount_timeout_s} s")
+        except SnapshotterError as error:
+            return self._deferred("index-failed", request, error)
+        if not self.not_lazy:
+            self._prepare_ahead(asked.image, found)
+            try:
+                return await self._provide_lazily(request, asked, found)
+            except NoZtoc as error:
+                self._count("no-ztoc")
+                _log.info("layer is unpacked", extra={"layer": asked.layer, "reason": str(error)})
+            except (SnapshotterError, OSError, ValueError, trio.TooSlowError) as error:
+                self._count(_reason(error))
+                _log.warning(
+                    "layer cannot be lazy; it is unpacked", extra={"layer": asked.layer, "error": str(error)}
+                )
+        return await self._provide_locally(request, asked, found)
+
+    async def _provide_lazily(self, request: LayerRequest, asked: Asked, found: Found) -> Lazy:
+        ztoc = found.index.ztoc_for(asked.layer)
+        if ztoc is None:
+            raise NoZtoc(f"index {found.index.digest} has no zTOC for layer {asked.layer}")
+        size = request.labels.get(_LAYER_SIZE, "")
+        if size.isdigit() and int(size) < self._settings.min_layer_size:
+            raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
+        layer = asked.layer
+        async with self._lock(layer):
+            with trio.fail_after(self._settings.mount_timeout_s):
+                await self._artifacts.ensure(asked.image, layer, ztoc)
+                variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
+            self._uses[layer] = self._uses.get(layer, 0) + 1
+            try:
+                self._sources.learn(layer, asked.image)
+                await self._fetcher.open(layer, background=self._settings.background)
+                await self._mount(request, asked, variant)
+            except BaseException:
+                self._nursery.start_soon(self._drop_use, layer)
+                raise
+        self._keeper.wake([request.snapshot_id])
+        files = self._keeper.mounts[request.snapshot_id].facts.files
+        return Lazy(layer, await trio.to_thread.run_sync(self._usage, layer, files))
+
+    async def _mount(self, request: LayerRequest, asked: Asked, variant: str) -> None:
+        """Record the mount, then make it: a crash in between is one that `restore` makes up for."""
+        record = LazyMount(
+            request.snapshot_id,
+            asked.layer,
+            variant,
+            str(asked.image),
+            str(asked.image.digest),
+            request.namespace,
+        )
+        await trio.to_thread.run_sync(self._store.record_mount, record)
+        try:
+            await self._keeper.mount(self._spec(request.snapshot_id, asked.layer, variant))
+        except BaseException:
+            self._store.forget_mount(request.snapshot_id)
+            raise
+
+    async def _provide_locally(self, request: LayerRequest, asked: Asked, found: Found) -> Provided:
+        parents = self._parents(request.parent_ids)
+        try:
+            usage = await self._unpacker.unpack(
+                asked.image, found.manifest, asked.layer, request.directory, parents
+            )
+        except (SnapshotterError, OSError) as error:
+            return self._deferred("unpack-failed", request, error)
+        return Local(usage)
+
+    def _prepare_ahead(self, image: Reference, found: Found) -> None:
+        """Start fetching and compiling every zTOC of the index, and learn where the blobs are."""
+        for entry in found.index.ztocs:
+            if entry.layer not in self._prepared:
+                self._prepared.add(entry.layer)
+                self._nursery.start_soon(self._prepare_layer, image, entry.layer, entry.descriptor())
+
+    async def _prepare_layer(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+        try:
+            async with self._lock(layer):
+                await self._artifacts.ensure(image, layer, ztoc)
+            self._sources.learn(layer, image)
+            self._fetcher.offer(layer, await self._sources.find(layer, renew=False))
+        except (SnapshotterError, OSError) as error:
+            self._prepared.discard(layer)
+            _log.info("layer could not be prepared ahead", extra={"layer": layer, "error": str(error)})
+
+    async def _drop_use(self, layer: Digest) -> None:
+        async with self._lock(layer):
+            self._uses[layer] -= 1
+            if self._uses[layer]:
+                return
+            del self._uses[layer]
+            self._prepared.discard(layer)
+            self._fetcher.close(layer)
+            self._sources.forget(layer)
+            await trio.to_thread.run_sync(self._layers.remove, layer)
+            _log.info("layer removed: nothing uses it", extra={"layer": layer})
+
+    def _lock(self, layer: Digest) -> trio.Lock:
+        return self._locks.setdefault(layer, trio.Lock())
+
+    def _spec(self, snapshot_id: int, layer: Digest, variant: str) -> MountSpec:
+        paths = self._layers.paths(layer, variant)
+        target = self._snapshots / str(snapshot_id) / "fs"
+        return MountSpec(snapshot_id, layer, str(target), str(paths.tree), str(paths.data), str(paths.spans))
+
+    def _parents(self, ids: Sequence[int]) -> list[Parent]:
+        parents = []
+        for snapshot_id in ids:
+            mountpoint = self._keeper.mounts.get(snapshot_id)
+            if mountpoint is not None:
+                parents.append(Parent(tree=Path(mountpoint.spec.tree)))
+            else:
+                parents.append(Parent(directory=self._snapshots / str(snapshot_id) / "fs"))
+        return parents
+
+    def _usage(self, layer: Digest, files: int) -> Usage:
+        """Return the disk space of a layer's cache files; the inodes are those that it shows."""
+        paths = self._layers.paths(layer)
+        blocks = sum(path.stat().st_blocks for path in paths.directory.iterdir())
+        return Usage(blocks * 512, files)
+
+    def _count(self, reason: str) -> None:
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
+    def _deferred(self, reason: str, request: LayerRequest, why: object) -> Deferred:
+        self._count(reason)
+        _log.warning(
+            "layer is left to the client",
+            extra={
+                "reason": reason,
+                "image": request.labels.get(_IMAGE_REF, ""),
+                "layer": request.labels.get(_LAYER_DIGEST, ""),
+                "error": str(why),
+            },
+        )
+        return Deferred(reason)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the word for the metric."""
+    for kind, word in (
+        (UnsupportedLayer, "unsupported-layer"),
+        (CorruptData, "corrupt-data"),
+        (RegistryError, "registry-failed"),
+        (trio.TooSlowError, "timeout"),
+        (ProcessFailed, "process-failed"),
+    ):
+        if isinstance(error, kind):
+            return word
+    return "mount-failed"

@@ -1,0 +1,51 @@
+"""Where blobs are: each layer's references, and the URL behind the registry's redirect.
+
+A layer may be known from several images; when one repository refuses (its token expired, it was deleted),
+the next is asked.
+
+Concurrency: trio; the registry client keeps one answer per blob, and asks once however many ask.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from snapshotter.errors import BlobNotFound, RegistryError
+from snapshotter.oci.reference import Reference
+from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.source import BlobSource
+from snapshotter.units import Digest
+
+_log = logging.getLogger(__name__)
+
+
+class BlobSources:
+    """Finds the source of a layer's blob."""
+
+    def __init__(self, client: RegistryClient) -> None:
+        self._client = client
+        self._images: dict[Digest, dict[str, Reference]] = {}
+
+    def learn(self, layer: Digest, image: Reference) -> None:
+        """Note that `image` has `layer`; what was learned last is asked first."""
+        known = self._images.setdefault(layer, {})
+        known.pop(image.locator, None)
+        known[image.locator] = image
+
+    def forget(self, layer: Digest) -> None:
+        """Forget a layer that nothing uses."""
+        self._images.pop(layer, None)
+
+    async def find(self, layer: Digest, *, renew: bool) -> BlobSource:
+        """Return where the blob is. Raises RegistryError: what the last repository said."""
+        failure: RegistryError = BlobNotFound(f"no image is known that has layer {layer}")
+        for image in reversed(tuple(self._images.get(layer, {}).values())):
+            try:
+                return await self._client.blob_source(image, layer, renew=renew)
+            except RegistryError as error:
+                _log.warning(
+                    "a repository does not give a layer",
+                    extra={"layer": layer, "repository": image.locator, "error": str(error)},
+                )
+                failure = error
+        raise failure

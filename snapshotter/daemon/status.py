@@ -1,0 +1,132 @@
+"""`soci-snapshotter-grpc status`: which process does what, and how every lazy layer is.
+
+The daemon answers on a socket in its root (0600) with one JSON object and closes; the command asks, and
+prints that, or a table.
+
+Concurrency: trio in the daemon; the command is a plain program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.errors import InvalidLayerFile, UsageError
+from snapshotter.fuse.forker import Forker
+from snapshotter.fuse.holding import HolderClient
+from snapshotter.fuse.keeper import Keeper
+from snapshotter.fuse.mountpoint import Mountpoint
+from snapshotter.layer.spans import SpanView
+
+SOCKET_NAME = "status.sock"
+
+
+class Status:
+    """Collects what there is to tell."""
+
+    def __init__(
+        self,
+        *,
+        holder: HolderClient,
+        forker: Forker,
+        fetcher: FetcherProcess,
+        keeper: Keeper,
+        not_lazy: Callable[[], str],
+    ) -> None:
+        self._holder = holder
+        self._forker = forker
+        self._fetcher = fetcher
+        self._keeper = keeper
+        self._not_lazy = not_lazy
+
+    def collect(self) -> dict[str, Any]:
+        """Return pids by role, why nothing is lazy (if so), and every lazy mount."""
+        return {
+            "pids": {
+                "daemon": os.getpid(),
+                "holder": self._holder.pid,
+                "zygote": self._forker.pid,
+                "fetcher": self._fetcher.pid,
+            },
+            "lazy": not self._not_lazy(),
+            "not_lazy_because": self._not_lazy(),
+            "mounts": [_describe(each) for _id, each in sorted(self._keeper.mounts.items())],
+        }
+
+    async def serve(self, path: Path) -> None:
+        """Answer on the socket at `path` until cancelled."""
+        with suppress(FileNotFoundError):
+            path.unlink()
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(8)
+        with listener:
+            await trio.serve_listeners(self._answer, [trio.SocketListener(listener)])
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            report = await trio.to_thread.run_sync(self.collect)
+            await stream.send_all(json.dumps(report).encode())
+        await stream.aclose()
+
+
+def _describe(mountpoint: Mountpoint) -> dict[str, Any]:
+    spec = mountpoint.spec
+    described: dict[str, Any] = {
+        "snapshot": spec.snapshot_id,
+        "layer": spec.layer,
+        "target": spec.target,
+        "state": str(mountpoint.state),
+        "hibernated": mountpoint.state == "asleep",
+        "pid": mountpoint.pid or None,
+    }
+    try:
+        with open(spec.spans, "rb") as file:
+            view = SpanView(file.fileno())
+    except (OSError, InvalidLayerFile):
+        return described | {"spans": None}
+    described["spans"] = {state.name.lower(): count for state, count in view.counts().items()}
+    described["verified"] = view.verified
+    view.close()
+    return described
+
+
+def ask(root: Path) -> dict[str, Any]:
+    """Return what the daemon on `root` says. Raises UsageError when none answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(10)
+        try:
+            sock.connect(str(root / SOCKET_NAME))
+            data = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            report: dict[str, Any] = json.loads(data)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"no snapshotter answers on {root / SOCKET_NAME} ({error}): is it running, with this --root?"
+            ) from error
+    return report
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Return the report as text for people."""
+    lines = ["  ".join(f"{role} {pid or '-'}" for role, pid in report["pids"].items())]
+    if not report["lazy"]:
+        lines.append(f"NOT LAZY: {report['not_lazy_because']}")
+    lines.append(f"{'SNAPSHOT':>8}  {'LAYER':19}  {'STATE':7}  {'PID':>8}  {'SPANS':>24}  VERIFIED")
+    for mount in report["mounts"]:
+        spans = mount["spans"]
+        counts = f"{spans['inflated']}+{spans['fetched']} of {sum(spans.values())}" if spans else "?"
+        verified = "yes" if mount.get("verified") else "no"
+        lines.append(
+            f"{mount['snapshot']:>8}  {mount['layer'][:19]}  {mount['state']:7}  {mount['pid'] or '-':>8}"
+            f"  {counts:>24}  {verified}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Makes layers complete: what is fetched when nobody asks, and the proof of the whole at the end.
+
+    opened          every missing span is queued, in the order of first use that was recorded, then in tar order
+    suspect spans   are hashed one at a time, so that a host that has just booted is not busy with that
+    all there       the blob is hashed once more as a whole: with the layer's digest it is verified, and
+                    the network is never needed for it again
+
+Every span having its digest does not prove the whole: the bytes before span 0 have none, and a zTOC may have
+been made of another blob. When the whole does not match although every byte has come from the registry, nothing
+stored is trusted any more, the layer is not completed again by this process, and readers go on being served
+span by span.
+
+Bytes before span 0 that an earlier process stored may be damaged, and no span's digest tells. They are tried
+first, which needs no network; if the whole does not match with them, span 0 is fetched again, and they come with it.
+
+Concurrency: the main loop only; the hashing is done by the chore thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from snapshotter.fetch import control, pipeline
+from snapshotter.fetch.context import Context
+from snapshotter.fetch.flight import Flight
+from snapshotter.fetch.landing import Landing
+from snapshotter.fetch.layerstate import ActiveLayer
+from snapshotter.fetch.readers import Reader
+from snapshotter.fetch.schedule import Priority
+from snapshotter.layer.spans import SpanState
+
+log = logging.getLogger(__name__)
+
+
+class Background:
+    """Completes the layers that are to become complete; `pump` is called when there is something to fetch."""
+
+    def __init__(self, context: Context, landing: Landing, pump: Callable[[], None]) -> None:
+        self._context = context
+        self._landing = landing
+        self._pump = pump
+        self._suspects: deque[tuple[ActiveLayer, Iterator[int]]] = deque()
+        self._checking: tuple[ActiveLayer, Flight[Reader]] | None = None
+
+    def start(self, layer: ActiveLayer) -> None:
+        """Begin to complete `layer`."""
+        states = layer.files.states.states()
+        order = layer.trace.order(layer.files.span_count)
+        self._context.schedule.want_in_background(
+            layer.digest,
+            [span for span in order if states[span] == SpanState.MISSING and layer.flights.get(span) is None],
+        )
+        suspects = [span for span in order if states[span] == SpanState.SUSPECT]
+        if suspects:
+            self._suspects.append((layer, iter(suspects)))
+            self._check_next()
+        self.changed(layer)
+
+    def changed(self, layer: ActiveLayer) -> None:
+        """A span of `layer` has come, or a check is over: see what can be done now."""
+        self._check_next()
+        if layer.absent == 0 and not (layer.verifying or layer.mismatched or layer.files.states.verified):
+            layer.verifying = True
+            layer.pin()
+            self._context.chores.submit(
+                0, partial(pipeline.blob_has_digest, layer.files), partial(self._hashed, layer)
+            )
+
+    def _check_next(self) -> None:
+        """Hash the next suspect span, unless one is being hashed."""
+        if self._checking is not None:
+            layer, flight = self._checking
+            if not layer.closed and layer.flights.holds(flight):
+                return
+            self._checking = None
+        while self._suspects:
+            layer, spans = self._suspects[0]
+            span = None if layer.closed else next(spans, None)
+            if span is None:
+                self._suspects.popleft()
+            elif layer.state(span) is SpanState.SUSPECT and layer.flights.get(span) is None:
+                flight = layer.flights.begin(span, SpanState.FETCHED)
+                self._checking = layer, flight
+                self._landing.work_on(layer, flight)
+                return
+
+    def _hashed(self, layer: ActiveLayer, matches: bool | Exception) -> None:
+        layer.verifying = False
+        if not layer.closed:
+            if matches is True:
+                self._verified(layer)
+            elif not layer.header_fresh:
+                layer.files.states.set_header_fetched(False)
+                self._landing.drop(layer, 0)
+                if layer.wants_background:
+                    self._context.schedule.want(layer.digest, 0, Priority.BACKGROUND)
+                    self._pump()
+            else:
+                self._mismatched(layer, matches)
+        layer.unpin()
+
+    def _verified(self, layer: ActiveLayer) -> None:
+        states = layer.files.states
+        states.set_header_fetched(True)
+        states.set_complete(True)
+        states.set_verified(True)
+        self._context.counters.add("layers_verified")
+        log.info("layer complete and verified", extra={"layer": layer.digest})
+        self._context.tell_daemon(control.Complete(layer.digest, verified=True))
+
+    def _mismatched(self, layer: ActiveLayer, reason: bool | Exception) -> None:
+        layer.mismatched = True
+        self._context.counters.add("layers_mismatched")
+        log.error(
+            "complete layer does not have its digest; its zTOC was made of another blob, or the disk is failing",
+            extra={"layer": layer.digest, "error": str(reason) if isinstance(reason, Exception) else ""},
+        )
+        self._context.schedule.stop_background(layer.digest)
+        for span in range(layer.files.span_count):
+            self._landing.drop(layer, span)
+        self._context.tell_daemon(control.Complete(layer.digest, verified=False))

@@ -1,0 +1,170 @@
+"""What the daemon and the fetcher say to each other.
+
+One message is one packet of `snapshotter/messages.py`; `attach` carries one descriptor. Ops of the daemon:
+
+    open     the layer is mounted and its zTOC and tree are there; `background` says whether to complete it
+    attach   a layer server's socket (`layer/wire.py`), as the descriptor
+    close    the layer is not mounted any more
+    source   where the blob is; or why that could not be found out, and whether that may pass
+
+and of the fetcher:
+
+    opened   the answer to `open`: `blob`, `data` and `spans` exist now; or `error` says why not
+    source   tell me where the blob is; `renew` when the last answer was refused by its host
+    complete every byte of the layer is stored; `verified` says whether the whole has the layer's digest
+
+Concurrency: plain functions on a socket. Sources are secrets: they are in these packets and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from snapshotter import messages
+from snapshotter.registry.source import BlobSource
+from snapshotter.units import Digest, parse_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Daemon: the layer is mounted."""
+
+    layer: Digest
+    background: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Daemon: here is the socket of a server of this layer."""
+
+    layer: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Daemon: the layer is not mounted any more."""
+
+    layer: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Daemon: the blob is there."""
+
+    layer: Digest
+    source: BlobSource
+
+
+@dataclass(frozen=True, slots=True)
+class NoSource:
+    """Daemon: it could not be found out where the blob is."""
+
+    layer: Digest
+    error: str
+    temporary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Fetcher: the layer's files exist, or `error` says why not."""
+
+    layer: Digest
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NeedSource:
+    """Fetcher: where is the blob?"""
+
+    layer: Digest
+    renew: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """Fetcher: every byte is stored."""
+
+    layer: Digest
+    verified: bool
+
+
+FromDaemon: TypeAlias = Open | Attach | Close | Source | NoSource
+FromFetcher: TypeAlias = Opened | NeedSource | Complete
+Message: TypeAlias = FromDaemon | FromFetcher
+
+
+def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None:
+    """Send `message`, and copies of `fds` with it. Raises OSError as the socket does."""
+    messages.send(sock, {"op": _op(message), "layer": message.layer, **_fields(message)}, fds)
+
+
+def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
+    """Return the next message and its descriptors, which are the caller's; None at the end.
+
+    Raises OSError as the socket does, and ValueError for a packet that is no message of ours; then its
+    descriptors are closed, and the error does not show the packet, which may hold a secret.
+    """
+    try:
+        received = messages.receive(sock)
+    except ValueError:
+        raise ValueError("control packet is not a JSON object") from None
+    if received is None:
+        return None
+    fields, fds = received
+    try:
+        message = _message(fields)
+        if len(fds) != isinstance(message, Attach):
+            raise ValueError(f"control message {_op(message)!r} came with {len(fds)} descriptors")
+    except ValueError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, fds
+
+
+def _op(message: Message) -> str:
+    return "source" if isinstance(message, NeedSource | NoSource) else type(message).__name__.lower()
+
+
+def _fields(message: Message) -> Mapping[str, Any]:
+    match message:
+        case Open(_, background):
+            return {"background": background}
+        case Source(_, source):
+            return {"source": source.to_json()}
+        case NoSource(_, error, temporary):
+            return {"error": error, "temporary": temporary}
+        case Opened(_, error):
+            return {"error": error} if error else {}
+        case NeedSource(_, renew):
+            return {"renew": renew}
+        case Complete(_, verified):
+            return {"verified": verified}
+    return {}
+
+
+def _message(fields: Mapping[str, Any]) -> Message:
+    """Return the message that `fields` are. Raises ValueError."""
+    layer = parse_digest(str(fields.get("layer")))
+    match fields:
+        case {"op": "open", "background": bool(background)}:
+            return Open(layer, background)
+        case {"op": "attach"}:
+            return Attach(layer)
+        case {"op": "close"}:
+            return Close(layer)
+        case {"op": "source", "source": dict(source)}:
+            return Source(layer, BlobSource.from_json(source))
+        case {"op": "source", "error": str(error), "temporary": bool(temporary)}:
+            return NoSource(layer, error, temporary)
+        case {"op": "source", "renew": bool(renew)}:
+            return NeedSource(layer, renew)
+        case {"op": "opened"}:
+            return Opened(layer, str(fields.get("error", "")))
+        case {"op": "complete", "verified": bool(verified)}:
+            return Complete(layer, verified)
+    raise ValueError(f"unknown control message {str(fields.get('op'))[:32]!r}")

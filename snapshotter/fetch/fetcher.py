@@ -1,0 +1,199 @@
+"""The fetcher: layers are opened and closed, servers come and go, sources arrive; the parts are wired here.
+
+Concurrency: everything runs on one trio thread, in steps that never wait for a disk or a network. Opening a
+layer's files is the one slow thing, and happens in a thread; whoever needs the layer meanwhile waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+
+import trio
+
+from snapshotter.errors import RegistryError
+from snapshotter.fetch import control, trace
+from snapshotter.fetch.background import Background
+from snapshotter.fetch.context import Context
+from snapshotter.fetch.demand import Demand
+from snapshotter.fetch.downloads import Downloads
+from snapshotter.fetch.flight import Stage
+from snapshotter.fetch.landing import Landing
+from snapshotter.fetch.layerstate import ActiveLayer, LayerFiles, boot_id
+from snapshotter.fetch.readers import Reader
+from snapshotter.fetch.sources import Sources
+from snapshotter.layer.store import LayerStore
+from snapshotter.layer.wire import Message, Touch, Want
+from snapshotter.units import Digest
+
+log = logging.getLogger(__name__)
+
+TRACE_DELAY = 1.0
+"""Seconds between a first use and its being written down: one write for all that come together."""
+
+
+class Fetcher:
+    """All layers of one host. Make it inside a trio run, and run `context.timers.run` beside it."""
+
+    def __init__(self, context: Context, store: LayerStore) -> None:
+        self._context = context
+        self._store = store
+        self._boot_id = context.options.boot_id or boot_id()
+        self._sources = Sources(context, self._pump, self._source_failed)
+        self._landing = Landing(context, self._changed, self._span_failed)
+        self._downloads = Downloads(context, self._sources, self._landing)
+        self._demand = Demand(context, self._downloads, self._landing)
+        self._background = Background(context, self._landing, self._pump)
+        self._turn: dict[Digest, trio.Lock] = {}
+        """Held while a layer is being opened."""
+
+    async def open(self, digest: Digest, *, background: bool) -> None:
+        """Open a layer, or say that an open one is to become complete.
+
+        Raises SnapshotterError or OSError when its files cannot be used.
+        """
+        layer = await self._layer(digest)
+        if background and not layer.background:
+            layer.background = True
+            self._background.start(layer)
+            self._pump()
+
+    async def serve(self, digest: Digest, sock: socket.socket) -> None:
+        """Serve one layer server until it goes away; owns `sock`.
+
+        Raises SnapshotterError or OSError when the layer's files cannot be used.
+        """
+        reader = Reader(sock)
+        try:
+            layer = await self._layer(digest)
+            layer.readers.add(reader)
+            self._set_gauges()
+            try:
+                await reader.run(partial(self._message, layer, reader))
+            except ValueError as error:
+                self._context.counters.add("bad_messages")
+                log.warning("server dropped", extra={"layer": digest, "error": str(error)})
+            finally:
+                layer.readers.discard(reader)
+                if not layer.closed:
+                    self._demand.leave(layer, reader)
+                self._set_gauges()
+        finally:
+            reader.close()
+
+    def close(self, digest: Digest) -> None:
+        """Close a layer: its servers are hung up on, its flights end. Nothing happens when it is not open."""
+        layer = self._context.layers.pop(digest, None)
+        if layer is None:
+            return
+        self._context.schedule.remove_layer(digest)
+        self._downloads.stop(layer)
+        self._save_trace(layer)
+        for reader in layer.readers:
+            reader.close()
+        layer.close()
+        self._set_gauges()
+
+    def answer(self, message: control.Source | control.NoSource) -> None:
+        """Take the daemon's word on where a blob is; one for a layer that is not open is ignored."""
+        layer = self._context.layers.get(message.layer)
+        if layer is None:
+            return
+        if isinstance(message, control.Source):
+            self._sources.arrived(layer, message.source)
+        else:
+            self._sources.failed(layer, message.error, temporary=message.temporary)
+
+    def leave_clean(self) -> None:
+        """Write down what is to be found at the next start, and close every layer. Ends all use."""
+        for layer in self._context.layers.values():
+            try:
+                trace.append(layer.files.paths.trace, layer.trace.take_unsaved())
+            except OSError as error:
+                log.warning("trace not written", extra={"layer": layer.digest, "error": str(error)})
+            layer.close()
+        self._context.layers.clear()
+
+    # ---- layers ----
+
+    async def _layer(self, digest: Digest) -> ActiveLayer:
+        """Return the open layer, opening it first if need be."""
+        async with self._turn.setdefault(digest, trio.Lock()):
+            layer = self._context.layers.get(digest)
+            if layer is None:
+                files = await trio.to_thread.run_sync(
+                    partial(
+                        LayerFiles.open,
+                        self._store,
+                        digest,
+                        boot_id=self._boot_id,
+                        span_max=self._context.options.span_max_bytes,
+                    )
+                )
+                layer = ActiveLayer(files)
+                self._context.layers[digest] = layer
+                self._context.schedule.add_layer(digest, files.sizes)
+                self._set_gauges()
+                if files.states.verified:
+                    self._context.tell_daemon(control.Complete(digest, verified=True))
+            return layer
+
+    # ---- servers ----
+
+    def _message(self, layer: ActiveLayer, reader: Reader, message: Message) -> None:
+        """Deal with one message. Raises ValueError when no server would send it."""
+        match message:
+            case Want(first, end, _):
+                self._demand.want(layer, reader, message)
+                self._used(layer, range(first, end))
+            case Touch(span):
+                self._demand.touch(layer, span)
+                self._used(layer, range(span, span + 1))
+            case _:
+                raise ValueError(f"a server sent {message}")
+
+    def _used(self, layer: ActiveLayer, spans: range) -> None:
+        fresh = [span for span in spans if layer.trace.add(span)]
+        if fresh and not layer.trace_pending:
+            layer.trace_pending = True
+            self._context.timers.after(TRACE_DELAY, partial(self._save_trace, layer))
+
+    def _save_trace(self, layer: ActiveLayer) -> None:
+        layer.trace_pending = False
+        unsaved = layer.trace.take_unsaved()
+        if unsaved:
+            self._context.chores.submit(
+                0, partial(trace.append, layer.files.paths.trace, unsaved), partial(self._trace_saved, layer)
+            )
+
+    def _trace_saved(self, layer: ActiveLayer, outcome: Exception | None) -> None:
+        if outcome is not None:
+            log.warning("trace not written", extra={"layer": layer.digest, "error": str(outcome)})
+
+    # ---- what the parts report ----
+
+    def _pump(self) -> None:
+        self._downloads.pump()
+
+    def _changed(self, layer: ActiveLayer) -> None:
+        self._background.changed(layer)
+        self._downloads.pump()
+
+    def _span_failed(self, layer: ActiveLayer, error: Exception) -> None:
+        self._downloads.recovery.rest(layer, error)
+
+    def _source_failed(self, layer: ActiveLayer, error: RegistryError) -> None:
+        """Nothing of the layer can be fetched for now."""
+        self._downloads.recovery.rest(layer, error)
+        for flight in layer.flights:
+            if flight.stage is Stage.QUEUED and layer.flights.holds(flight):
+                if flight.waiters:
+                    self._landing.failed(layer, flight, error)
+                else:
+                    self._landing.abandon(layer, flight)
+
+    def _set_gauges(self) -> None:
+        layers = self._context.layers.values()
+        self._context.counters.set("layers_open", len(layers))
+        self._context.counters.set("readers", sum(len(layer.readers) for layer in layers))

@@ -1,0 +1,251 @@
+"""One open layer: its files, and what is going on with it.
+
+`LayerFiles` is what threads may use: descriptors, sizes and span geometry, none of which change while the
+layer is open. `ActiveLayer` is what only the main loop may use: span states, flights, read-ahead, the trace,
+the blob's source. A thread's task *pins* the layer, so that a layer that is closed meanwhile keeps its
+descriptors until the last task has come back.
+
+Deliberately not here: any decision. This is the desk that the other modules work at.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import os
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snapshotter.errors import InvalidLayerFile
+from snapshotter.fetch import trace
+from snapshotter.fetch.ahead import ReadAhead
+from snapshotter.fetch.flight import FlightTable
+from snapshotter.layer.spans import HEADER_SIZE, RECORD, SpanFile, SpanState
+from snapshotter.layer.store import LayerPaths, LayerStore
+from snapshotter.layer.tree import Tree
+from snapshotter.registry.source import BlobSource
+from snapshotter.units import Digest, digest_hex
+from snapshotter.ztoc.model import Algorithm
+from snapshotter.ztoc.spans import Span
+
+if TYPE_CHECKING:
+    from snapshotter.fetch.readers import Reader
+
+
+PREDECESSOR_SECONDS = 2.0
+"""How long a fetcher waits for the files of one that is just ending; that takes some milliseconds."""
+
+
+class LayerFiles:
+    """Descriptors and geometry of one layer. Threads may use everything but `states`, which is the main loop's."""
+
+    def __init__(self, digest: Digest, paths: LayerPaths, tree: Tree) -> None:
+        self.digest = digest
+        self.paths = paths
+        self.tree = tree
+        self.algorithm: Algorithm = tree.algorithm
+        self.compressed_size = tree.compressed_size
+        self.uncompressed_size = tree.uncompressed_size
+        self.header_end = tree.blob_header_end
+        self.span_count = tree.span_count
+        self.sizes = array.array("Q")
+        """Compressed bytes of each span."""
+        self.blob_fd = self.data_fd = self.ztoc_fd = -1
+        self.states: SpanFile
+        self.recorded: list[int] = []
+        """The trace of former runs."""
+        self._undo = ExitStack()
+
+    @classmethod
+    def open(cls, store: LayerStore, digest: Digest, *, boot_id: str, span_max: int) -> LayerFiles:
+        """Open the files of `digest`, making those that the fetcher owns. Slow: for a thread.
+
+        The zTOC is hashed, because spans are inflated with the windows in it, and a wrong window makes wrong bytes
+        of right ones. Raises InvalidLayerFile (damaged, of another version, or in use by another fetcher; a span
+        larger than `span_max`) and OSError.
+        """
+        paths = store.paths(digest)
+        with ExitStack() as undo:
+            tree_fd = os.open(_any_tree(paths), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                tree = Tree(tree_fd)
+            finally:
+                os.close(tree_fd)
+            undo.callback(tree.close)
+            files = cls(digest, paths, tree)
+            spans = [tree.span(i) for i in range(tree.span_count)]
+            files.sizes.extend(span.compressed_end - span.compressed_start for span in spans)
+            _refuse_huge(digest, spans, span_max)
+            files.ztoc_fd = os.open(paths.ztoc, os.O_RDONLY | os.O_CLOEXEC)
+            undo.callback(os.close, files.ztoc_fd)
+            _refuse_damaged(files.ztoc_fd, paths.ztoc, tree.ztoc_digest)
+            files.blob_fd = store.open_cache(paths.blob, files.compressed_size)
+            undo.callback(os.close, files.blob_fd)
+            files.data_fd = store.open_cache(paths.data, files.uncompressed_size)
+            undo.callback(os.close, files.data_fd)
+            _reserve(paths.spans, HEADER_SIZE + files.span_count * RECORD.size)
+            files.recorded = trace.load(paths.trace, files.span_count)
+            files.states = _open_states(paths.spans, files.span_count, boot_id, digest)
+            files._undo = undo.pop_all()
+        return files
+
+    def span(self, span: int) -> Span:
+        """Return where `span` is."""
+        return self.tree.span(span)
+
+    def close(self) -> None:
+        """Close everything but the span states."""
+        self._undo.close()
+
+
+@dataclass(slots=True, eq=False)
+class SourceState:
+    """What is known about where the blob is; `sources.py` changes it."""
+
+    source: BlobSource | None = None
+    generation: int = 0
+    """Goes up with each source, so that a refusal of an old one is recognised."""
+    asked: bool = False
+    failures: int = 0
+    """Temporary failures in a row."""
+    not_before: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class ActiveLayer:
+    """An open layer as the main loop sees it."""
+
+    files: LayerFiles
+    background: bool = False
+    """Whether it is to become complete."""
+    flights: FlightTable[Reader] = field(default_factory=FlightTable)
+    readers: set[Reader] = field(default_factory=set)
+    source: SourceState = field(default_factory=SourceState)
+    ahead: ReadAhead = field(init=False)
+    trace: trace.Trace = field(init=False)
+    trace_pending: bool = False
+    """Whether the trace is going to be written soon."""
+    absent: int = 0
+    """Spans that are MISSING or SUSPECT."""
+    rest_until: float = 0.0
+    """The background leaves the layer alone until then."""
+    rests: int = 0
+    """Failures of its background in a row."""
+    verifying: bool = False
+    wrong: Counter[int] = field(default_factory=Counter)
+    """How often a span came with a wrong digest."""
+    header_fresh: bool = False
+    """Whether the bytes before span 0 have come during this process's life."""
+    mismatched: bool = False
+    """The whole did not have the layer's digest: it is not completed again."""
+    pins: int = 0
+    """Tasks in threads that use the files."""
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.ahead = ReadAhead(self.files.sizes)
+        self.trace = trace.Trace(self.files.recorded)
+        counts = self.files.states.counts()
+        self.absent = counts[SpanState.MISSING] + counts[SpanState.SUSPECT]
+        if self.files.header_end == 0:
+            self.header_has_come()
+
+    @property
+    def digest(self) -> Digest:
+        """The layer's digest, by which everybody knows it."""
+        return self.files.digest
+
+    @property
+    def wants_background(self) -> bool:
+        """Whether the layer is to become complete, and can."""
+        return self.background and not self.mismatched
+
+    def state(self, span: int) -> SpanState:
+        """Return the state of `span`."""
+        return self.files.states.state(span)
+
+    def header_has_come(self) -> None:
+        """The bytes before span 0 are in `blob`, straight from the registry."""
+        self.header_fresh = True
+        self.files.states.set_header_fetched(True)
+
+    def pin(self) -> None:
+        """A task in a thread begins to use the files."""
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """A task in a thread has come back."""
+        self.pins -= 1
+        if self.closed and self.pins == 0:
+            self.files.close()
+
+    def close(self) -> None:
+        """Give the layer up: the span states are marked clean now, the rest is closed when no task uses it.
+
+        Until then tasks may still write; what they write are the right bytes, and nobody is told of them.
+        """
+        self.closed = True
+        for flight in self.flights:
+            flight.waiters.clear()
+        self.files.states.close()
+        if self.pins == 0:
+            self.files.close()
+
+
+def boot_id() -> str:
+    """Return what the kernel calls this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _any_tree(paths: LayerPaths) -> Path:
+    """Return a tree of the layer: all of them describe the same spans."""
+    if paths.tree.exists():
+        return paths.tree
+    for path in sorted(paths.directory.glob("tree.*")):
+        return path
+    raise InvalidLayerFile(f"layer directory {paths.directory}: no compiled tree")
+
+
+def _open_states(path: Path, span_count: int, boot_id: str, digest: Digest) -> SpanFile:
+    """Open the span file, waiting a moment for a former fetcher to be gone. Raises InvalidLayerFile, OSError."""
+    until = time.monotonic() + PREDECESSOR_SECONDS
+    while True:
+        try:
+            return SpanFile.create_or_open(path, span_count, boot_id=boot_id, digest=digest)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise InvalidLayerFile(f"layer {digest}: another fetcher has its span file") from None
+        time.sleep(0.05)
+
+
+def _refuse_damaged(fd: int, path: Path, digest: Digest) -> None:
+    """Raise InvalidLayerFile when the zTOC is not the one that the tree was compiled from."""
+    with open(fd, "rb", closefd=False) as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest_hex(digest):
+        raise InvalidLayerFile(f"zTOC {path} has digest sha256:{found} instead of {digest}")
+
+
+def _refuse_huge(digest: Digest, spans: list[Span], span_max: int) -> None:
+    """Raise InvalidLayerFile when a span has more than `span_max` bytes, compressed or not."""
+    for span in spans:
+        size = max(
+            span.compressed_end - span.compressed_start, span.uncompressed_end - span.uncompressed_start
+        )
+        if size > span_max:
+            raise InvalidLayerFile(
+                f"layer {digest}: span {span.id} has {size} bytes; more than {span_max} are not held in memory"
+            )
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Give the file its blocks now. Raises OSError: later, a store into the mapped file would be a SIGBUS."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    finally:
+        os.close(fd)

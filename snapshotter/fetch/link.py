@@ -1,0 +1,160 @@
+"""What the link gives, and what the background may therefore take. Pure: times are arguments.
+
+The rate is measured over the time in which at least one transfer was under way, all connections together;
+the estimate is the best of the last samples, because a sample can fall short of what the link gives for
+many reasons and exceed it for none.
+
+Two modes. While nobody reads, the background may use all of the link: ranges long enough that the round
+trip does not matter, and as many at once as have been seen to help (the width is tried upwards, and taken
+back when the rate does not follow). While somebody reads, and a moment after, it may use what readers leave:
+one short range, and none as long as readers alone fill the link. What is already under way is never
+abandoned for that; it is short enough to be over soon.
+
+Concurrency: the main loop only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+SAMPLE_SECONDS = 0.1
+"""Busy time per sample: several round trips, so that one late packet does not decide."""
+
+SAMPLE_BYTES = MIB
+MAX_SAMPLE_SECONDS = 2.0
+"""A sample has many pieces of a body in it, unless the link is so slow that waiting for them says nothing."""
+
+SAMPLES = 20
+"""Samples whose best is the estimate: about two busy seconds, after which a slower link is believed."""
+
+RANGE_SECONDS = 0.3
+"""Time one background range should take when nobody reads: fifteen round trips of 20 ms."""
+
+BESIDE_SECONDS = 0.05
+"""The same while somebody reads: the most that an on-demand range is held up by one that is under way."""
+
+QUIET_SECONDS = 0.2
+"""Readers count as active so long after their last transfer: a program computes between two page faults."""
+
+MIN_RANGE = MIB
+"""Below this a range is mostly round trip. The first ranges, before any sample, are twice as long."""
+
+FIRST_WIDTH = 2
+"""Background ranges at once before anything is known: one in transit while another is asked for."""
+
+GAIN = 1.1
+"""A wider background is kept if the rate rises at least so much."""
+
+TRIAL = 3
+"""Samples by which a width is judged; the first may still hold ranges of the width before."""
+
+PATIENCE = 20
+"""Trials until a width that did not help is tried again: about six seconds of full use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What the background may have under way: `ranges` at once, of `size` bytes each."""
+
+    ranges: int
+    size: int
+
+
+class Link:
+    """Estimates one link from the transfers of one process."""
+
+    def __init__(self, *, max_width: int, max_range: int) -> None:
+        self._max_width = max_width
+        self._max_range = max_range
+        self._samples: deque[float] = deque(maxlen=SAMPLES)
+        self._transfers = 0
+        self._busy_since = 0.0
+        self._window_bytes = 0
+        self._window_busy = 0.0
+        self._width = min(FIRST_WIDTH, max_width)
+        self._trial: list[float] = []
+        self._narrow_rate = 0.0
+        """Best rate of one range fewer, while a width is on trial; 0 when none is."""
+        self._patience = 0
+        self._readers_until = float("-inf")
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second, 0 while nothing has been measured."""
+        return max(self._samples, default=0.0)
+
+    @property
+    def width(self) -> int:
+        """Background ranges at once while nobody reads."""
+        return self._width
+
+    def started(self, now: float) -> None:
+        """A transfer begins."""
+        if self._transfers == 0:
+            self._busy_since = now
+        self._transfers += 1
+
+    def received(self, now: float, size: int) -> None:
+        """`size` more bytes have come on one of the transfers."""
+        self._window_bytes += size
+        self._sample(now)
+
+    def ended(self, now: float, *, reader: bool) -> None:
+        """A transfer is over; `reader` says that somebody was blocked on it."""
+        self._sample(now)
+        self._transfers -= 1
+        if self._transfers == 0:
+            self._window_busy += now - self._busy_since
+        if reader:
+            self._readers_until = now + QUIET_SECONDS
+
+    def quiet_at(self) -> float:
+        """Return the time from which readers no longer count as active, if none begins until then."""
+        return self._readers_until
+
+    def background(self, now: float, *, reader_bytes: int) -> Allowance:
+        """Return what the background may have under way while `reader_bytes` are on their way to readers."""
+        rate = self.rate
+        if reader_bytes == 0 and now >= self._readers_until:
+            size = int(rate * RANGE_SECONDS / self._width) if rate else 2 * MIN_RANGE
+            return Allowance(self._width, min(max(size, MIN_RANGE), self._max_range))
+        share = int(rate * BESIDE_SECONDS)
+        if reader_bytes > share:
+            return Allowance(0, 0)
+        return Allowance(1, min(max(share, MIN_RANGE // 4), self._max_range))
+
+    def ahead_room(self, in_flight: int) -> int:
+        """Return how many bytes may be asked for ahead of readers while `in_flight` bytes are on their way."""
+        return max(int(self.rate * RANGE_SECONDS), 2 * MIN_RANGE) - in_flight
+
+    def _sample(self, now: float) -> None:
+        if self._transfers == 0:
+            return
+        busy = self._window_busy + (now - self._busy_since)
+        if busy < SAMPLE_SECONDS or (self._window_bytes < SAMPLE_BYTES and busy < MAX_SAMPLE_SECONDS):
+            return
+        rate = self._window_bytes / busy
+        self._samples.append(rate)
+        self._window_bytes, self._window_busy, self._busy_since = 0, 0.0, now
+        if self._transfers >= self._width:
+            self._steer(rate)
+
+    def _steer(self, rate: float) -> None:
+        """Widen while it helps; take one step back when it does not, and be patient then."""
+        self._trial.append(rate)
+        if len(self._trial) < TRIAL:
+            return
+        best, before = max(self._trial), self._narrow_rate
+        self._trial.clear()
+        self._narrow_rate = 0.0
+        if before and best < before * GAIN:
+            self._width -= 1
+            self._patience = PATIENCE
+        elif self._patience > 0:
+            self._patience -= 1
+        elif self._width < self._max_width:
+            self._narrow_rate = best
+            self._width += 1

@@ -1,0 +1,1 @@
+"""Lazy layers as FUSE mounts: mounting, keeping, adopting, serving."""

@@ -1,0 +1,106 @@
+"""The bytes of a layer's files, as a layer server hands them out.
+
+Between the page cache above and the fetcher beside it: finds the spans of a read, waits for those that are
+not there, reads `data`, makes sure that nothing was evicted in between, and checks a file's tar header
+against the zTOC before its first byte goes out.
+
+It owns which files were checked and nothing else; both may be forgotten at any time.
+
+Concurrency: trio; any number of readers at once. Blocking reads of the disk happen in worker threads, and
+only after the page cache said no (RWF_NOWAIT).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+
+from snapshotter.counters import CounterPage
+from snapshotter.errors import HeaderMismatch
+from snapshotter.fuse.spanlink import SpanLink
+from snapshotter.layer import header
+from snapshotter.layer.spans import SpanState, SpanView
+from snapshotter.layer.tree import Node, Tree
+
+_MAX_TRIES = 8
+"""Reads of one range that find it evicted in between, before giving up; each needs an eviction of its own."""
+
+
+class Contents:
+    """Reads ranges of files of one layer."""
+
+    def __init__(
+        self, tree: Tree, data_fd: int, view: SpanView, link: SpanLink, counters: CounterPage
+    ) -> None:
+        self._tree = tree
+        self._fd = data_fd
+        self._view = view
+        self._link = link
+        self._counters = counters
+        self._checked = bytearray(tree.highest_ino + 1)
+        self._local = counters.index("spans_local")
+
+    async def read(self, ino: int, node: Node, offset: int, size: int) -> bytes | bytearray | memoryview:
+        """Return the bytes `[offset, offset + size)` of a regular file, shortened at its end.
+
+        Raises HeaderMismatch, or OSError (EIO) when the bytes cannot be had.
+        """
+        end = min(offset + size, node.size)
+        if offset >= end:
+            return b""
+        if not self._checked[ino]:
+            await self._check_header(ino, node)
+        start = node.data_offset
+        return await self._range(start + offset, start + end, start + node.size)
+
+    async def _check_header(self, ino: int, node: Node) -> None:
+        region = await self._range(node.header_start, node.data_offset, node.data_offset + node.size)
+        try:
+            header.check(bytes(region), node.fingerprint)
+        except HeaderMismatch as error:
+            self._counters.add("header_mismatches")
+            path = self._tree.path(ino).decode(errors="backslashreplace")
+            raise HeaderMismatch(f"{path}: {error}") from error
+        self._checked[ino] = 1
+
+    async def _range(self, start: int, end: int, file_end: int) -> bytearray | memoryview:
+        """Return `[start, end)` of the tar stream."""
+        spans = self._tree.spans_for(start, end)
+        view = self._view
+        self._link.touch(spans)
+        for _try in range(_MAX_TRIES):
+            words = [view.word(span) for span in spans]
+            if any(word & 0xFF != SpanState.INFLATED for word in words):
+                await self._link.want(spans, self._tree.spans_for(start, file_end).stop)
+                continue
+            self._counters.add_at(self._local, len(words))
+            buffer = bytearray(end - start)
+            got = await self._pread(buffer, start)
+            if [view.word(span) for span in spans] == words:
+                if got == len(buffer):
+                    return buffer
+                raise OSError(errno.EIO, f"data file is short: {got} of {len(buffer)} bytes at {start}")
+        raise OSError(
+            errno.EIO, f"spans {spans.start}-{spans.stop} were evicted {_MAX_TRIES} times during one read"
+        )
+
+    async def _pread(self, buffer: bytearray, start: int) -> int:
+        """Fill `buffer` from `data`; from the page cache at once, else in a thread. Returns the bytes read."""
+        try:
+            got = os.preadv(self._fd, [buffer], start, os.RWF_NOWAIT)
+        except BlockingIOError:
+            got = 0
+        if got == len(buffer):
+            return got
+        return await trio.to_thread.run_sync(self._pread_blocking, buffer, start, got)
+
+    def _pread_blocking(self, buffer: bytearray, start: int, got: int) -> int:
+        view = memoryview(buffer)
+        while got < len(buffer):
+            count = os.preadv(self._fd, [view[got:]], start + got)
+            if count == 0:
+                break
+            got += count
+        return got

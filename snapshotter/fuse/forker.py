@@ -1,0 +1,148 @@
+"""The daemon's handle on the zygote: start it, ask it for children, start it again when it dies.
+
+It owns the zygote process and the requests under way. A child belongs to whoever asked: it comes back as a
+pidfd, which becomes readable when the child has ended (the zygote reaps it).
+
+Concurrency: trio; any number of `fork` calls at once, answered in the zygote's order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import trio
+
+from snapshotter import messages
+from snapshotter.errors import ProcessFailed
+
+_log = logging.getLogger(__name__)
+
+_RESPAWN_WAIT_S = 0.2
+"""Pause between two starts of a zygote that died; its start takes about as long."""
+
+
+class Child(NamedTuple):
+    """A forked process; the owner closes `pidfd`."""
+
+    pid: int
+    pidfd: int
+
+
+class Forker:
+    """Forks children through a zygote that it keeps alive."""
+
+    def __init__(
+        self, empty_root: str, *, inherited_fds: Sequence[int] = (), log_level: str = "info"
+    ) -> None:
+        self._empty_root = empty_root
+        self._inherited = tuple(inherited_fds)
+        self._log_level = log_level
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._up = trio.Event()
+        self._ids = itertools.count(1)
+        self._answers: dict[int, tuple[trio.Event, list[Child | str]]] = {}
+
+    @property
+    def pid(self) -> int | None:
+        """The zygote's pid, None while there is none."""
+        return self._process.pid if self._process is not None else None
+
+    async def run(self) -> None:
+        """Keep a zygote running and pass its answers on, until cancelled; then it ends, its children do not."""
+        try:
+            while True:
+                self._start()
+                await self._follow()
+                self._fail_all("the zygote died")
+                _log.error("zygote ended; starting another", extra={"pid": self.pid})
+                await self._reap()
+                await trio.sleep(_RESPAWN_WAIT_S)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._reap()
+
+    async def fork(
+        self, job: str, *, uid: int, arguments: Mapping[str, Any], fds: Mapping[str, int]
+    ) -> Child:
+        """Return a new child running `job`; the caller keeps its descriptors. Raises ProcessFailed."""
+        await self._up.wait()
+        assert self._socket is not None
+        request = next(self._ids)
+        event, box = self._answers[request] = (trio.Event(), [])
+        message = {"id": request, "job": job, "uid": uid, "arguments": arguments, "names": list(fds)}
+        try:
+            messages.send(self._socket, message, list(fds.values()))
+            await event.wait()
+        except OSError as error:
+            raise ProcessFailed(f"cannot reach the zygote: {error}") from error
+        finally:
+            self._answers.pop(request, None)
+        answer = box[0]
+        if isinstance(answer, str):
+            raise ProcessFailed(f"cannot fork {job}: {answer}")
+        return answer
+
+    def _start(self) -> None:
+        near, far = messages.pair()
+        os.makedirs(self._empty_root, mode=0o555, exist_ok=True)
+        with far:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "snapshotter.fuse.zygote",
+                    str(far.fileno()),
+                    self._empty_root,
+                    self._log_level,
+                ],
+                pass_fds=[far.fileno(), *self._inherited],
+                stdin=subprocess.DEVNULL,
+            )
+        near.setblocking(False)
+        self._socket = near
+        self._up.set()
+
+    async def _follow(self) -> None:
+        assert self._socket is not None
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                received = messages.receive(self._socket)
+            except OSError:
+                return
+            if received is None:
+                return
+            message, fds = received
+            answer: Child | str = Child(message["pid"], fds[0]) if fds else str(message.get("error"))
+            waiting = self._answers.get(message["id"])
+            if waiting is not None:
+                waiting[1].append(answer)
+                waiting[0].set()
+            elif isinstance(answer, Child):  # whoever asked was cancelled
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(answer.pidfd, signal.SIGKILL)
+                os.close(answer.pidfd)
+
+    def _fail_all(self, why: str) -> None:
+        self._up = trio.Event()
+        for event, box in self._answers.values():
+            box.append(why)
+            event.set()
+
+    async def _reap(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None:
+            self._process.kill()
+            await trio.to_thread.run_sync(self._process.wait)

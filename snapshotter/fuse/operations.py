@@ -1,0 +1,210 @@
+"""A layer as pyfuse3 operations: each handler translates, and nothing more.
+
+Stateless by design: inode numbers are rows of the tree, file handles are inode numbers, and forgetting is
+free; so any server may answer for any other. Layers never change, so every entry, attribute, missing name
+and page may be cached by the kernel for ever: a request that never comes is the fast one.
+
+Every failure becomes an errno here, by one table: an exception that leaves a handler would end the session
+of every reader.
+
+Concurrency: trio, one task per request; handlers share nothing but the counters.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import pyfuse3
+
+from snapshotter.counters import CounterPage
+from snapshotter.errors import CorruptData, RegistryError
+from snapshotter.fuse import kernel
+from snapshotter.fuse.contents import Contents
+from snapshotter.layer.tree import Tree, TreeFlags
+
+_log = logging.getLogger(__name__)
+
+_BLOCK_SIZE = 4096
+
+ERRNO_OF: tuple[tuple[type[BaseException], int], ...] = (
+    (CorruptData, errno.EIO),
+    (RegistryError, errno.EIO),
+    (KeyError, errno.ESTALE),
+    (MemoryError, errno.ENOMEM),
+)
+"""What a reader gets for what went wrong; OSError keeps its own number, anything else is EIO."""
+
+_Handler = TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
+
+
+def errno_of(error: BaseException) -> int:
+    """Return the errno for an exception."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return next((number for kind, number in ERRNO_OF if isinstance(error, kind)), errno.EIO)
+
+
+def _counted(kind: str) -> Callable[[_Handler], _Handler]:
+    """Count a handler's calls as `kind`, and turn whatever it raises into an errno."""
+
+    def decorate(handler: _Handler) -> _Handler:
+        @functools.wraps(handler)
+        async def wrapper(self: LayerOperations, *arguments: Any) -> Any:
+            page = self.counters
+            page.add_at(self.request_index[kind])
+            self.in_flight += 1
+            try:
+                return await handler(self, *arguments)
+            except pyfuse3.FUSEError:
+                raise
+            except Exception as error:  # the session of all readers must go on
+                page.add(f"failures_{kind}")
+                number = errno_of(error)
+                _log.warning("request failed", extra={"request": kind, "errno": number, "error": repr(error)})
+                raise pyfuse3.FUSEError(number) from error
+            finally:
+                self.in_flight -= 1
+
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+class LayerOperations(pyfuse3.Operations):
+    """The requests of one layer's mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, tree: Tree, contents: Contents, counters: CounterPage) -> None:
+        super().__init__()
+        self.counters = counters
+        self.in_flight = 0
+        """Requests being answered; the server sleeps only when there are none."""
+        self.request_index = {
+            name.removeprefix("requests_"): counters.index(name)
+            for name in counters.snapshot()
+            if name.startswith("requests_")
+        }
+        self._tree = tree
+        self._contents = contents
+        self._no_getxattr = not tree.flags & (TreeFlags.HAS_XATTRS | TreeFlags.HAS_OPAQUE)
+
+    def _attributes(self, ino: int) -> pyfuse3.EntryAttributes:
+        mode, nlink, uid, gid, rdev, size, mtime_ns = self._tree.attributes(ino)
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = ino
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = kernel.FOREVER_S
+        entry.st_mode = mode
+        entry.st_nlink = nlink
+        entry.st_uid = uid
+        entry.st_gid = gid
+        entry.st_rdev = rdev
+        entry.st_size = size
+        entry.st_blksize = _BLOCK_SIZE
+        entry.st_blocks = -(-size // _BLOCK_SIZE) * 8
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
+        return entry
+
+    @_counted("lookup")
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Return the entry; an absent name is an entry with inode 0, which the kernel remembers."""
+        ino = self._tree.lookup(parent_inode, name)
+        if ino:
+            return self._attributes(ino)
+        absent = pyfuse3.EntryAttributes()
+        absent.st_ino = 0
+        absent.entry_timeout = kernel.FOREVER_S
+        return absent
+
+    @_counted("getattr")
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Return the attributes of an inode."""
+        return self._attributes(inode)
+
+    @_counted("readlink")
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return a symbolic link's target."""
+        return self._tree.readlink(inode)
+
+    @_counted("open")
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a file; its pages stay cached from one open to the next."""
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @_counted("read")
+    async def read(  # type: ignore[override]  # pyfuse3 takes any buffer, its stub says bytes
+        self, fh: int, off: int, size: int
+    ) -> bytes | bytearray | memoryview:
+        """Return a range of a file."""
+        data = await self._contents.read(fh, self._tree.row(fh), off, size)
+        self.counters.add("read_bytes", len(data))
+        return data
+
+    @_counted("release")
+    async def release(self, fh: int) -> None:
+        """Close a file: there is no state."""
+
+    @_counted("opendir")
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """Open a directory; its handle is its inode."""
+        return inode
+
+    @_counted("readdir")
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a directory from position `start_id`, with attributes; positions 0 and 1 are `.` and `..`."""
+        tree = self._tree
+        for position, name in ((0, b"."), (1, b"..")):
+            if start_id <= position and not pyfuse3.readdir_reply(
+                token, name, self._attributes(fh), position + 1
+            ):
+                return
+        for next_index, name, ino in tree.children(fh, max(start_id - 2, 0)):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(ino), next_index + 2):
+                return
+
+    @_counted("releasedir")
+    async def releasedir(self, fh: int) -> None:
+        """Close a directory: there is no state."""
+
+    @_counted("statfs")
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Say how large the layer is: everything used, nothing free."""
+        stat = pyfuse3.StatvfsData()
+        stat.f_bsize = stat.f_frsize = _BLOCK_SIZE
+        stat.f_blocks = -(-self._tree.uncompressed_size // _BLOCK_SIZE)
+        stat.f_files = self._tree.entry_count
+        stat.f_namemax = kernel.NAME_MAX
+        return stat
+
+    @_counted("getxattr")
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Return an extended attribute. A layer that has none says ENOSYS, and is never asked again."""
+        if self._no_getxattr:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+        value = self._tree.xattr(inode, name)
+        if value is None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @_counted("listxattr")
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> tuple[bytes, ...]:
+        """Return the names; always an answer, because ENOSYS here breaks copying from a volume's directory."""
+        return self._tree.xattr_names(inode)
+
+    @_counted("flush")
+    async def flush(self, fh: int) -> None:
+        """Say that close(2) need not tell us."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """Forget inodes: nothing was remembered."""
+        self.counters.add_at(self.request_index["forget"], len(inode_list))

@@ -1,0 +1,166 @@
+"""A layer server's side of its socket to the fetcher: ask for spans, wait, be told.
+
+It owns the waiters of this server, one per span in demand. The span file is the truth and the messages
+only wake: a waiter is registered before the state is looked at, so an answer between the two is not lost;
+and whoever is woken looks again. When the fetcher dies the socket ends; the keeper brings another one and
+everything that is still wanted is asked for again. A reader notices none of that but the time.
+
+Concurrency: trio, one task per reader plus `run`; between two awaits nothing else touches the table.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import trio
+
+from snapshotter.counters import CounterPage
+from snapshotter.layer import wire
+from snapshotter.layer.spans import SpanState, SpanView
+
+_log = logging.getLogger(__name__)
+
+_UNBLOCK_S = 0.25
+"""How often a read of /dev/fuse is interrupted while readers wait, in seconds. The descriptor must be blocking
+(its flags are shared by all copies), so a request that is withdrawn between poll and read would stop the
+loop until the next request; a signal ends such a read with EINTR, which libfuse and pyfuse3 take as
+"look again"."""
+
+
+class _Demand:
+    """One span that readers wait for."""
+
+    __slots__ = ("error", "event", "readers")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.readers = 0
+        self.error = 0
+
+
+class SpanLink:
+    """Asks the fetcher for spans on behalf of this server's readers."""
+
+    def __init__(self, view: SpanView, counters: CounterPage, *, budget: float) -> None:
+        self._view = view
+        self._counters = counters
+        self._budget = budget
+        self._demands: dict[int, _Demand] = {}
+        self._touched = bytearray(view.span_count)
+        self._socket: trio.socket.SocketType | None = None
+        self._replaced = trio.Event()
+        self._waiting = 0
+        signal.signal(signal.SIGALRM, lambda *_ignored: None)
+
+    def connect(self, fd: int) -> None:
+        """Use `fd`, a socket to the fetcher, from now on; a former one is dropped."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+        self._replaced.set()
+        self._replaced = trio.Event()
+
+    async def run(self) -> None:
+        """Receive answers for ever; ask again for what is wanted whenever the socket is a new one."""
+        while True:
+            replaced = self._replaced
+            if self._socket is not None:
+                with suppress(OSError, trio.ClosedResourceError):
+                    await self._receive(self._socket)
+            await replaced.wait()
+
+    async def _receive(self, sock: trio.socket.SocketType) -> None:
+        for span in sorted(self._demands):
+            await sock.send(wire.encode(wire.Want(span, span + 1, span + 1)))
+        while data := await sock.recv(wire.PACKET_SIZE):
+            match wire.decode(data):
+                case wire.Ready(first, end):
+                    for span in range(first, end):
+                        self._wake(span, 0)
+                case wire.Failed(span, number):
+                    self._wake(span, number)
+                case other:
+                    _log.error("fetcher sent a message that is not an answer", extra={"answer": str(other)})
+
+    def _wake(self, span: int, number: int) -> None:
+        demand = self._demands.pop(span, None)
+        if demand is not None:
+            demand.error = number
+            demand.event.set()
+
+    def touch(self, spans: range) -> None:
+        """Tell the fetcher of spans used for the first time by this server; a lost message does no harm."""
+        for span in spans:
+            if not self._touched[span]:
+                self._touched[span] = 1
+                if self._socket is not None:
+                    with suppress(OSError):
+                        os.write(self._socket.fileno(), wire.encode(wire.Touch(span)))
+
+    async def want(self, spans: range, ahead_end: int) -> None:
+        """Return when every span of `spans` was seen inflated; the file goes on to span `ahead_end`.
+
+        Raises OSError: EIO (or what the fetcher says) when a span cannot be had within the budget.
+        """
+        self._counters.add("spans_awaited", len(spans))
+        start = trio.current_time()
+        self._counters.add("reads_waiting")
+        self._waiting += 1
+        if self._waiting == 1:
+            signal.setitimer(signal.ITIMER_REAL, _UNBLOCK_S, _UNBLOCK_S)
+        try:
+            with trio.fail_after(self._budget):
+                await self._want(spans, ahead_end)
+        except trio.TooSlowError:
+            _log.warning(
+                "read gave up waiting",
+                extra={"spans": f"{spans.start}-{spans.stop}", "budget_s": self._budget},
+            )
+            raise OSError(errno.EIO, "span did not arrive in time") from None
+        finally:
+            self._counters.add("reads_waiting", -1)
+            self._waiting -= 1
+            if self._waiting == 0:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            self._account(trio.current_time() - start)
+
+    async def _want(self, spans: range, ahead_end: int) -> None:
+        for span in spans:
+            while self._view.state(span) is not SpanState.INFLATED:
+                with self._demand(span) as demand:
+                    if self._view.state(span) is SpanState.INFLATED:
+                        break
+                    await self._ask(wire.Want(span, spans.stop, max(spans.stop, ahead_end)))
+                    await demand.event.wait()
+                    if demand.error:
+                        raise OSError(demand.error, f"span {span} cannot be had")
+
+    async def _ask(self, want: wire.Want) -> None:
+        """Send the demand. Without a fetcher nothing is lost: `run` asks again when there is one."""
+        if self._socket is not None:
+            with suppress(OSError, trio.ClosedResourceError):
+                await self._socket.send(wire.encode(want))
+
+    @contextmanager
+    def _demand(self, span: int) -> Iterator[_Demand]:
+        demand = self._demands.setdefault(span, _Demand())
+        demand.readers += 1
+        try:
+            yield demand
+        finally:
+            demand.readers -= 1
+            if not demand.readers and self._demands.get(span) is demand:
+                del self._demands[span]
+
+    def _account(self, waited: float) -> None:
+        self._counters.add("wait_us", int(waited * 1e6))
+        if waited > 1:
+            self._counters.add("slow_reads_1s")
+        if waited > 10:
+            self._counters.add("slow_reads_10s")

@@ -1,0 +1,1 @@
+"""The files of one layer: tree, span states, blob and data, and the messages that are about them."""

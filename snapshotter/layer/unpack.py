@@ -1,0 +1,114 @@
+"""Unpacking one layer as ordinary files, in a process of its own: for layers that no zTOC describes.
+
+    python -m snapshotter.layer.unpack --blob FD --tar FD --target DIR --compression C --diff-id D < PARENTS
+
+Decompresses the blob into the (temporary, empty) tar file, checks the diffID, and writes the files with the
+same rules that lazy layers follow (`layer/apply.py`), so that lazy and unpacked layers of one image fit
+together. Prints one JSON object: {"size": bytes, "inodes": n}, or {"error": class, "message": text}.
+
+It runs as root, because it makes devices and owners; it leaves the network first. Foreign bytes are parsed
+here, where a crash costs one layer.
+
+Concurrency: one process, one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from snapshotter.errors import DigestMismatch, SnapshotterError
+from snapshotter.layer.compile import compile_tree
+from snapshotter.layer.inherit import Parent, inherited_attributes
+from snapshotter.layer.materialize import LayerUsage, materialize
+from snapshotter.layer.tree import Tree
+from snapshotter.units import Digest, parse_digest
+from snapshotter.ztoc.build import build
+from snapshotter.ztoc.inflate import decompress_stream
+from snapshotter.ztoc.model import Algorithm
+
+_CHUNK = 1 << 20
+_CLONE_NEWNET = 0x40000000
+
+
+def unpack(
+    blob: int, tar: int, target: Path, *, compression: str, diff_id: Digest, parents: list[Parent]
+) -> LayerUsage:
+    """Unpack the layer in the file `blob` below `target`; `tar` is scratch space.
+
+    Raises DigestMismatch, InvalidTar, UnsupportedLayer, OSError.
+    """
+    for chunk in decompress_stream(_chunks(blob), compression):
+        _write(tar, chunk)
+    built = build(_chunks(tar), algorithm=Algorithm.UNCOMPRESSED)
+    if built.diff_id != diff_id:
+        raise DigestMismatch(f"layer unpacks to {built.diff_id}; the image's config says {diff_id}")
+    base = not parents
+    tree = _tree(compile_tree(built.ztoc, base=base))
+    inherited = inherited_attributes(tree, parents)
+    if inherited:
+        tree = _tree(compile_tree(built.ztoc, base=base, inherited=inherited))
+    return materialize(tree, tar, target)
+
+
+def main(argv: list[str]) -> int:
+    """Run the program; the parents, nearest first, are a JSON list on stdin."""
+    parser = argparse.ArgumentParser(prog="unpack")
+    for name in ("--blob", "--tar"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--target", type=Path, required=True)
+    parser.add_argument("--compression", required=True)
+    parser.add_argument("--diff-id", type=parse_digest, required=True)
+    told = parser.parse_args(argv)
+    parents = [Parent(**{kind: Path(path) for kind, path in row.items()}) for row in json.load(sys.stdin)]
+    _leave_network()
+    try:
+        usage = unpack(
+            told.blob,
+            told.tar,
+            told.target,
+            compression=told.compression,
+            diff_id=told.diff_id,
+            parents=parents,
+        )
+    except SnapshotterError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return 1
+    print(json.dumps({"size": usage.size, "inodes": usage.inodes}))
+    return 0
+
+
+def _leave_network() -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+
+
+def _chunks(fd: int) -> Iterator[bytes]:
+    offset = 0
+    while chunk := os.pread(fd, _CHUNK, offset):
+        offset += len(chunk)
+        yield chunk
+
+
+def _write(fd: int, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _tree(data: bytes) -> Tree:
+    fd = os.memfd_create("soci-tree", os.MFD_CLOEXEC)
+    try:
+        _write(fd, data)
+        return Tree(fd)
+    finally:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Talking to registries: keychains, the API client, and ranged reads of blobs."""

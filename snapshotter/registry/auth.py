@@ -1,0 +1,204 @@
+"""The Authorization header for every request: Basic, Bearer, and ECR's way of saying that a login is over.
+
+It owns what was learned about each registry: the way in, the Basic header that worked, the tokens. Everything
+is learned from refusals; a registry that refuses nothing is never sent a credential.
+
+Concurrency: one trio run. Lookups and token fetches fly once per key, however many requests wait for them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import quote, urlencode
+
+import httpx
+import trio
+
+from snapshotter.errors import AuthenticationFailed, RegistryError
+from snapshotter.registry.challenge import Challenge
+from snapshotter.registry.flight import Flights
+from snapshotter.registry.keychain import IDENTITY_TOKEN_USER, Credentials, Keychain
+from snapshotter.registry.replies import error_for
+from snapshotter.registry.wire import Exchange, Reply, Wire, host_of
+
+Scope = tuple[str, ...]
+"""What a token is for: `repository:<name>:pull,push`; several when a request touches two repositories."""
+
+DEFAULT_LIFETIME: Final = 60.0
+"""Seconds that a token lives when its server does not say: the token specification's default."""
+MAX_TOKEN_REPLY: Final = 256 << 10
+"""Bytes. Tokens of some registries are several KiB of JSON Web Token."""
+_CLIENT_ID: Final = "soci-snapshotter"
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    header: str = field(repr=False)
+    usable_until: float
+
+
+class Authorizer:
+    """Knows how to get into each registry."""
+
+    def __init__(self, keychain: Keychain, wire: Wire, *, is_plain: Callable[[str], bool]) -> None:
+        self._keychain = keychain
+        self._wire = wire
+        self._is_plain = is_plain
+        self._ways: dict[str, Challenge] = {}
+        self._basic: dict[str, str] = {}
+        self._tokens: dict[tuple[str, Scope], _Token] = {}
+        self._token_flights: Flights[tuple[str, Scope], _Token] = Flights()
+        self._lookups: Flights[str, Credentials | None] = Flights()
+        self.tokens_fetched = 0
+
+    async def authorization(self, registry: str, scope: Scope) -> str | None:
+        """Return the header to try; None while this registry has not asked for any.
+
+        Fetches a token when the last one is about to expire. Raises AuthenticationFailed or a temporary
+        RegistryError when that fails.
+        """
+        way = self._ways.get(registry)
+        if way is None:
+            return None
+        if way.scheme == "basic":
+            return self._basic.get(registry)
+        return (await self._token(registry, way, scope)).header
+
+    async def refused(
+        self, registry: str, scope: Scope, sent: str | None, challenges: Sequence[Challenge]
+    ) -> bool:
+        """Learn from a refusal of the header `sent`; say whether `authorization` now has another one to try.
+
+        Raises AuthenticationFailed when there are no credentials, or no way in that we know.
+        """
+        offered = {challenge.scheme: challenge for challenge in reversed(challenges)}
+        known = self._ways.get(registry)
+        # A refusal without a challenge, such as ECR's 403, is about the way that was used.
+        way = (
+            offered.get("bearer")
+            or offered.get("basic")
+            or (None if challenges else known or Challenge("basic"))
+        )
+        if way is None:
+            schemes = ", ".join(sorted(offered))
+            raise AuthenticationFailed(
+                f"registry {registry}: wants {schemes} authentication, which is not supported"
+            )
+        # Scope and error are about this request; realm and service about the registry.
+        self._ways[registry] = Challenge(
+            way.scheme, {key: way.parameters[key] for key in ("realm", "service") if key in way.parameters}
+        )
+        if way.scheme == "basic":
+            return await self._refused_basic(registry, sent)
+        token = self._tokens.get((registry, scope))
+        if token is not None and token.header == sent:
+            del self._tokens[registry, scope]
+        await self._token(registry, way, scope)
+        return True
+
+    async def _refused_basic(self, registry: str, sent: str | None) -> bool:
+        credentials = await self._lookup(registry)
+        if credentials is None:
+            raise AuthenticationFailed(f"registry {registry}: wants credentials, and no keychain has any")
+        header = _basic(credentials)
+        if header == sent:
+            self._basic.pop(registry, None)
+            return False
+        self._basic[registry] = header
+        return True
+
+    async def _lookup(self, registry: str) -> Credentials | None:
+        return await self._lookups.run(registry, lambda: self._keychain.lookup(registry))
+
+    async def _token(self, registry: str, way: Challenge, scope: Scope) -> _Token:
+        key = (registry, scope)
+        token = self._tokens.get(key)
+        if token is None or token.usable_until <= trio.current_time():
+            token = await self._token_flights.run(key, lambda: self._fetch(registry, way, scope))
+        return token
+
+    async def _fetch(self, registry: str, way: Challenge, scope: Scope) -> _Token:
+        """Get a token from the server that the challenge names, and keep it."""
+        credentials = await self._lookup(registry)
+        asked = trio.current_time()
+        exchange = _token_request(registry, way, scope, credentials)
+        if exchange.url.scheme == "http" and not self._is_plain(registry):
+            raise AuthenticationFailed(f"{exchange.what}: token server {host_of(exchange.url)} is plain http")
+        reply = await self._wire.fetch(exchange, limit=MAX_TOKEN_REPLY)
+        if reply.status != 200:
+            raise _token_refused(exchange, reply)
+        header, lifetime = _parse_token(exchange, reply)
+        # A tenth early, but ten seconds at most: the time until a request with it arrives.
+        token = _Token(header, asked + lifetime - min(lifetime / 10, 10.0))
+        self._tokens = {key: kept for key, kept in self._tokens.items() if kept.usable_until > asked}
+        self._tokens[registry, scope] = token
+        self.tokens_fetched += 1
+        return token
+
+
+def _basic(credentials: Credentials) -> str:
+    pair = f"{credentials.username}:{credentials.secret}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+def _token_request(registry: str, way: Challenge, scope: Scope, credentials: Credentials | None) -> Exchange:
+    """Return a GET with Basic, or without anything for the public; for an identity token, a POST of OAuth 2."""
+    what = f"token for {registry}"
+    try:
+        url = httpx.URL(way.parameters.get("realm", ""))
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise AuthenticationFailed(f"{what}: the registry names no usable token server")
+    scopes = _joint_scope((*scope, *way.parameters.get("scope", "").split()))
+    service = way.parameters.get("service", "")
+    if credentials is not None and credentials.username == IDENTITY_TOKEN_USER:
+        form = {
+            "grant_type": "refresh_token",
+            "service": service,
+            "client_id": _CLIENT_ID,
+            "scope": " ".join(scopes),
+        }
+        form["refresh_token"] = credentials.secret
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        return Exchange(what, "POST", url, headers=headers, content=urlencode(form).encode())
+    query = [("service", service)] if service else []
+    query += [("scope", item) for item in scopes]
+    joint = "&" if url.query else "?"
+    full = httpx.URL(f"{url}{joint}{urlencode(query, quote_via=quote)}")
+    return Exchange(what, "GET", full, authorization=None if credentials is None else _basic(credentials))
+
+
+def _joint_scope(scope: Scope) -> Scope:
+    """Return `scope` with the actions on one resource together: what we want, and what the registry asked for."""
+    actions: dict[str, set[str]] = {}
+    for item in scope:
+        resource, colon, wanted = item.rpartition(":")
+        actions.setdefault(resource + colon, set()).update(wanted.split(","))
+    return tuple(resource + ",".join(sorted(wanted)) for resource, wanted in actions.items())
+
+
+def _parse_token(exchange: Exchange, reply: Reply) -> tuple[str, float]:
+    """Return the header and the seconds that it is good for."""
+    try:
+        answer = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        answer = None
+    members = answer if isinstance(answer, dict) else {}
+    token = members.get("token") or members.get("access_token")
+    if not isinstance(token, str) or not token.isascii() or not token.isprintable():
+        raise AuthenticationFailed(f"{exchange.what}: the answer of {host_of(reply.url)} holds no token")
+    lifetime = members.get("expires_in")
+    if isinstance(lifetime, bool) or not isinstance(lifetime, int | float) or lifetime <= 0:
+        lifetime = DEFAULT_LIFETIME
+    return f"Bearer {token}", float(lifetime)
+
+
+def _token_refused(exchange: Exchange, reply: Reply) -> RegistryError:
+    error = error_for(exchange.what, host_of(reply.url), reply.status, reply.headers, reply.body)
+    # "Not found" from here says nothing about the blob.
+    return error if error.temporary else AuthenticationFailed(str(error))

@@ -1,0 +1,103 @@
+"""A whole blob as a stream that survives its connection: what is missing is asked for as a range.
+
+Concurrency: a stream belongs to one task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+
+import httpx
+
+from snapshotter.errors import DigestMismatch, RangeNotHonoured, RegistryError, RegistryRefused
+from snapshotter.oci.reference import Reference
+from snapshotter.registry.replies import check_content_range
+from snapshotter.registry.session import Call, Session, blob_call
+from snapshotter.registry.wire import host_of
+from snapshotter.units import Digest, digest_hex
+
+PROGRESS: Final = 1 << 20
+"""Bytes that an attempt must bring for the count of attempts to start again."""
+
+
+async def stream_blob(
+    session: Session, ref: Reference, digest: Digest, size: int | None
+) -> AsyncGenerator[bytes, None]:
+    """Yield a blob, of `size` bytes if that is known. Use with contextlib.aclosing.
+
+    Raises RegistryError when the policy's attempts are used up, and DigestMismatch after the last piece.
+    """
+    hasher = hashlib.sha256()
+    stream = _Stream(session, ref, digest, size)
+    attempt = 0
+    while True:
+        attempt += 1
+        start = stream.position
+        try:
+            async with aclosing(stream.attempt()) as pieces:
+                async for piece in pieces:
+                    hasher.update(piece)
+                    yield piece
+            break
+        except RegistryError as error:
+            if stream.position - start >= PROGRESS:
+                attempt = 1
+            await session.pause(stream.what, attempt, error)
+    if hasher.hexdigest() != digest_hex(digest) or size not in {None, stream.position}:
+        raise DigestMismatch(f"{stream.what}: the registry sent {stream.position} bytes that are not it")
+
+
+class _Stream:
+    """A whole blob, attempt by attempt; `position` bytes have come so far."""
+
+    def __init__(self, session: Session, ref: Reference, digest: Digest, size: int | None) -> None:
+        self._session = session
+        self._ref = ref
+        self._digest = digest
+        self._size = size
+        self.what = blob_call(ref, digest).what
+        self.position = 0
+
+    async def attempt(self) -> AsyncGenerator[bytes, None]:
+        """Yield what is missing. Raises a RegistryError when it does not all come."""
+        if self.position == self._size:
+            return
+        end = None
+        if self.position:
+            if self._size is None:
+                raise RegistryRefused(
+                    f"{self.what}: it broke off, and without its size it cannot be gone on with"
+                )
+            end = self._size
+        call = blob_call(self._ref, self._digest, start=self.position, end=end)
+        deadline = self._session.wire.deadline()
+        response = await self._session.open(call, deadline)
+        async with aclosing(self._session.wire.pieces(response, call.what, deadline=deadline)) as pieces:
+            self._check(call, response, end)
+            async for piece in pieces:
+                self.position += len(piece)
+                if self._size is not None and self.position > self._size:
+                    raise RegistryRefused(
+                        f"{call.what}: {host_of(response.url)} sends more than {self._size} bytes"
+                    )
+                yield piece
+
+    def _check(self, call: Call, response: httpx.Response, end: int | None) -> None:
+        """See that the reply is what is missing, and learn the size from the first one."""
+        if end is not None:
+            host = host_of(response.url)
+            if response.status_code != 206:
+                raise RangeNotHonoured(f"{call.what}: {host} answers a range request with everything")
+            check_content_range(call.what, host, response.headers.get("Content-Range"), self.position, end)
+            return
+        length = response.headers.get("Content-Length", "")
+        if (
+            self._size is None
+            and "Transfer-Encoding" not in response.headers
+            and length.isascii()
+            and length.isdigit()
+        ):
+            self._size = int(length)

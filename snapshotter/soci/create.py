@@ -1,0 +1,269 @@
+"""Building the SOCI index of one platform's image: one pass over each layer, the artifacts into a store.
+
+Owns nothing. Layers are read from a content source, artifacts go to an artifact store and into the artifact database,
+in this order: zTOCs, config, index, rows. So a run that is stopped anywhere leaves no index without its zTOCs, and
+the next run takes over the zTOCs that are complete.
+
+Concurrency: `IndexBuilder.build` is called from one thread and runs one worker thread per processor, one layer each;
+the heavy parts of a pass (inflate, hashing) run outside the interpreter lock. An interrupt stops the workers at their
+next piece of input.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from snapshotter.errors import (
+    CorruptData,
+    DigestMismatch,
+    NotFound,
+    SnapshotterError,
+    UnsupportedLayer,
+    UsageError,
+)
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.media_types import EMPTY_JSON_DIGEST, OCI_MANIFEST, layer_compression
+from snapshotter.soci.artifacts import ArtifactDatabase, IndexRow, ZtocRow
+from snapshotter.soci.content import ArtifactStore, ContentSource
+from snapshotter.soci.index import CONFIG_BLOB, IndexVersion, LayerZtoc, SociIndex, build
+from snapshotter.soci.platforms import PlatformImage
+from snapshotter.units import Digest
+from snapshotter.ztoc.build import DEFAULT_BUILD_TOOL, DEFAULT_SPAN_SIZE, BuiltZtoc
+from snapshotter.ztoc.build import build as build_ztoc
+from snapshotter.ztoc.model import Algorithm
+
+DEFAULT_MIN_LAYER_SIZE: Final = 10 << 20
+"""Smaller layers are not indexed: fetching one whole costs about as much as fetching its zTOC and a span."""
+
+_ALGORITHMS: Final = {
+    "gzip": Algorithm.GZIP,
+    "uncompressed": Algorithm.UNCOMPRESSED,
+    # A plain tar under Docker's type. If the bytes are compressed after all, they do not parse as a tar.
+    "unknown": Algorithm.UNCOMPRESSED,
+}
+
+GC_ROOT: Final = "containerd.io/gc.root"
+_GC_CONTENT: Final = "containerd.io/gc.ref.content"
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOptions:
+    """How to build; sizes in bytes."""
+
+    span_size: int = DEFAULT_SPAN_SIZE
+    min_layer_size: int = DEFAULT_MIN_LAYER_SIZE
+    build_tool: str = DEFAULT_BUILD_TOOL
+    """Part of every zTOC and of the index, hence of every digest."""
+    force: bool = False
+    """Build zTOCs anew although the store has them."""
+    workers: int = os.cpu_count() or 1
+
+    def __post_init__(self) -> None:
+        if self.span_size < 0:
+            raise UsageError(f"span size {self.span_size}: must not be negative")
+        if self.min_layer_size < 0:
+            raise UsageError(f"minimum layer size {self.min_layer_size}: must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutcome:
+    """What became of one layer: a zTOC, or the reason why there is none."""
+
+    layer: Descriptor
+    ztoc: LayerZtoc | None = None
+    reused: bool = False
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        if self.ztoc is None:
+            return f"ztoc skipped - layer {self.layer.digest} ({self.layer.media_type}) {self.skipped}"
+        return (
+            f"layer {self.layer.digest} -> ztoc {self.ztoc.ztoc}{' (already exists)' if self.reused else ''}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedIndex:
+    """A v1 index that is now in the store, and what became of each layer."""
+
+    index: SociIndex
+    layers: tuple[LayerOutcome, ...]
+
+
+class IndexBuilder:
+    """Builds indices; see the module about order and threads."""
+
+    def __init__(
+        self,
+        source: ContentSource,
+        store: ArtifactStore,
+        database: ArtifactDatabase,
+        options: CreateOptions,
+        *,
+        report: Callable[[LayerOutcome], None] = lambda _: None,
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._database = database
+        self._options = options
+        self._report = report
+        """Called in the order of the layers, in the caller's thread."""
+        self._stop = threading.Event()
+
+    def build(self, image: PlatformImage, root: Digest, *, gc_root: str | None = None) -> CreatedIndex:
+        """Build and store the v1 index of `image`, which is (one platform of) what `root` names.
+
+        `gc_root`, a time in RFC 3339, protects the index from containerd's garbage collector on its own account.
+        Raises UsageError when no layer can be indexed, DigestMismatch and other CorruptData for a layer that is not
+        what manifest and config say, NotFound for one that is not there.
+        """
+        outcomes = self._layers(image)
+        ztocs = [outcome.ztoc for outcome in outcomes if outcome.ztoc is not None]
+        if not ztocs:
+            raise UsageError(
+                "no ztocs created, all layers either skipped or produced errors; "
+                f"layers below {self._options.min_layer_size} bytes are indexed with a lower --min-layer-size"
+            )
+        index = build(IndexVersion.V1, ztocs, build_tool=self._options.build_tool, subject=image.descriptor)
+        self._store.write(CONFIG_BLOB)
+        self._store.write(index.data, labels=_gc_labels(index, gc_root))
+        if not self._complete(outcomes):
+            return self.build(image, root, gc_root=gc_root)
+        self._database.add_index(
+            IndexRow(
+                digest=index.digest,
+                image_digest=root,
+                platform=str(image.platform),
+                size=len(index.data),
+                manifest_digest=image.descriptor.digest,
+                version=index.version,
+                media_type=OCI_MANIFEST,
+            )
+        )
+        return CreatedIndex(index, outcomes)
+
+    def _layers(self, image: PlatformImage) -> tuple[LayerOutcome, ...]:
+        """Work on all layers at once, the largest first, and report them in their own order."""
+        layers = list(zip(image.manifest.layers, image.config.diff_ids, strict=True))
+        unique = {layer.digest: (layer, diff_id) for layer, diff_id in layers}
+        pool = ThreadPoolExecutor(self._options.workers, thread_name_prefix="layer")
+        self._stop.clear()
+        try:
+            work: dict[Digest, Future[LayerOutcome]] = {
+                layer.digest: pool.submit(self._layer, layer, diff_id)
+                for layer, diff_id in sorted(unique.values(), key=lambda item: -item[0].size)
+            }
+            outcomes = []
+            for layer, _ in layers:
+                outcomes.append(work[layer.digest].result())
+                self._report(outcomes[-1])
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+        return tuple(outcomes)
+
+    def _layer(self, layer: Descriptor, diff_id: Digest) -> LayerOutcome:
+        """Return the outcome for one layer; runs in a worker."""
+        options = self._options
+        if layer.size < options.min_layer_size:
+            return LayerOutcome(
+                layer, skipped=f"size {layer.size} is less than min-layer-size {options.min_layer_size}"
+            )
+        try:
+            compression = layer_compression(layer.media_type)
+            if compression not in _ALGORITHMS:
+                return LayerOutcome(
+                    layer, skipped=f"is compressed with {compression}, which cannot be indexed"
+                )
+            known = None if options.force else self._known(layer)
+            if known is not None:
+                return LayerOutcome(layer, known, reused=True)
+            return LayerOutcome(layer, self._build(layer, diff_id, _ALGORITHMS[compression]))
+        except UnsupportedLayer as error:
+            return LayerOutcome(layer, skipped=f"cannot be indexed: {error}")
+
+    def _complete(self, outcomes: Sequence[LayerOutcome]) -> bool:
+        """Say whether no garbage collection took a zTOC of an earlier run before the index could protect it."""
+        reused = [outcome.ztoc.ztoc for outcome in outcomes if outcome.reused and outcome.ztoc is not None]
+        return all(self._size(digest) is not None for digest in reused)
+
+    def _size(self, digest: Digest) -> int | None:
+        """Return the size of an artifact, None if the store does not have it."""
+        try:
+            return self._store.size(digest)
+        except NotFound:
+            return None
+
+    def _known(self, layer: Descriptor) -> LayerZtoc | None:
+        """Return the layer's zTOC of an earlier run, if the store still has it."""
+        rows = self._database.ztocs(
+            layer_digest=layer.digest,
+            span_size=self._options.span_size,
+            build_tool=self._options.build_tool,
+        )
+        for row in rows:
+            # Another size: a file that a broken disk has cut.
+            if self._size(row.digest) == row.size:
+                return self._entry(layer, row.digest, row.size)
+        return None
+
+    def _build(self, layer: Descriptor, diff_id: Digest, algorithm: Algorithm) -> LayerZtoc:
+        try:
+            built = build_ztoc(
+                self._input(layer.digest),
+                algorithm=algorithm,
+                span_size=self._options.span_size,
+                build_tool=self._options.build_tool,
+            )
+        except CorruptData as error:
+            raise type(error)(f"layer {layer.digest}: {error}") from error
+        _verify(layer, diff_id, built)
+        self._store.write(built.data)
+        self._database.add_ztoc(
+            ZtocRow(
+                digest=built.digest,
+                size=len(built.data),
+                layer_digest=layer.digest,
+                span_size=self._options.span_size,
+                build_tool=self._options.build_tool,
+            )
+        )
+        return self._entry(layer, built.digest, len(built.data))
+
+    def _entry(self, layer: Descriptor, ztoc: Digest, size: int) -> LayerZtoc:
+        return LayerZtoc(layer.digest, layer.media_type, ztoc, size, self._options.span_size)
+
+    def _input(self, layer: Digest) -> Iterator[bytes]:
+        for chunk in self._source.chunks(layer):
+            if self._stop.is_set():
+                raise SnapshotterError(f"layer {layer}: interrupted")
+            yield chunk
+
+
+def _verify(layer: Descriptor, diff_id: Digest, built: BuiltZtoc) -> None:
+    if built.layer_digest != layer.digest:
+        raise DigestMismatch(
+            f"layer {layer.digest}: the stored blob has digest {built.layer_digest} ({built.layer_size} bytes, "
+            f"{layer.size} in the manifest); remove it from the content store and pull the image again"
+        )
+    if built.diff_id != diff_id:
+        raise DigestMismatch(
+            f"layer {layer.digest}: uncompressed it has digest {built.diff_id}, "
+            f"but the image's config says {diff_id}"
+        )
+
+
+def _gc_labels(index: SociIndex, gc_root: str | None) -> dict[str, str]:
+    """Return what tells containerd's garbage collector which content the index needs."""
+    labels = {f"{_GC_CONTENT}.config": str(EMPTY_JSON_DIGEST)}
+    entries: Sequence[Digest] = [entry.ztoc for entry in index.ztocs]
+    entries = [*entries, *(descriptor.digest for _, descriptor in index.prefetch)]
+    labels |= {f"{_GC_CONTENT}.ztoc.{position}": str(digest) for position, digest in enumerate(entries)}
+    if gc_root is not None:
+        labels[GC_ROOT] = gc_root
+    return labels

@@ -1,0 +1,227 @@
+"""Layers become complete by themselves, in the right order, and the whole is proved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapshotter.fetch import control, trace
+from snapshotter.layer import wire
+from snapshotter.layer.spans import SpanState
+from tests.conftest import ExpectedLogs
+from tests.fetch.rig import Layer, Rig, make_layer, misnamed, settle
+from tests.support.registry import FlipByte, Registry, Stall, Status
+
+BLOBS = "/blobs/"
+ONE_RANGE = {"background_connections": 1, "range_max_bytes": 100_000}
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    with Registry() as registry:
+        yield registry
+
+
+@pytest.fixture
+def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
+    with Rig(tmp_path, registry) as rig:
+        yield rig
+
+
+def blob_of(rig: Rig, layer: Layer) -> bytes:
+    return rig.store.paths(layer.digest).blob.read_bytes()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "uncompressed"])
+def test_a_layer_becomes_complete_and_verified(rig: Rig, compression: str) -> None:
+    layer = rig.add(make_layer(compression=compression))
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    assert blob_of(rig, layer) == layer.blob, "the bytes before span 0 too"
+    assert set(rig.states(layer)) == {SpanState.FETCHED}, "compressed only"
+    assert max(rig.times_fetched(layer).values()) == 1
+    assert rig.count("background_bytes") == sum(end - start for start, end in rig.ranges())
+    assert rig.count("ondemand_ranges") == 0
+    assert len(rig.ranges()) < len(layer.spans)
+
+
+def test_no_background_where_none_is_asked_for(rig: Rig) -> None:
+    layer = rig.add(make_layer())
+    rig.open(layer)
+    settle()
+    assert rig.ranges() == []
+    assert rig.questions == []
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+
+
+def test_a_verified_layer_needs_no_network(rig: Rig, registry: Registry) -> None:
+    layer = rig.add(make_layer())
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    registry.clear_requests()
+    rig.stop()
+    rig.completions.clear()
+    rig.questions.clear()
+    rig.start()
+    server = rig.connect(layer)
+    for span in range(len(layer.spans)):
+        assert server.read(span) == layer.content(span)
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    assert rig.ranges() == []
+    assert rig.questions == []
+
+
+def test_what_readers_fetched_is_not_fetched_again_and_completes_the_layer(rig: Rig) -> None:
+    layer = rig.add(make_layer())
+    server = rig.connect(layer)
+    for span in range(len(layer.spans)):
+        server.read(span)
+    rig.wait_verified(layer)
+    assert max(rig.times_fetched(layer).values()) == 1
+
+
+def starts(rig: Rig, layer: Layer) -> list[int]:
+    """Return the first span of each range, in the order of the requests."""
+    by_start = {span.compressed_start if span.id else 0: span.id for span in layer.spans}
+    return [by_start[start] for start, _ in rig.ranges()]
+
+
+def test_the_order_is_that_of_the_tar(tmp_path: Path, registry: Registry) -> None:
+    with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
+        layer = rig.add(make_layer())
+        rig.open(layer, background=True)
+        rig.wait_verified(layer)
+        assert starts(rig, layer) == sorted(starts(rig, layer))
+        assert len(starts(rig, layer)) > 3
+
+
+def test_the_order_of_first_use_is_recorded_and_comes_first_in_the_next_cold_run(
+    tmp_path: Path, registry: Registry
+) -> None:
+    layer = make_layer()
+    with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
+        rig.add(layer)
+        rig.open(layer)
+        server = rig.connect(layer)
+        server.read(9)
+        server.say(wire.Touch(9))
+        server.say(wire.Touch(13))
+        server.say(wire.Touch(13))
+        server.read(5)
+    paths = rig.store.paths(layer.digest)
+    assert trace.load(paths.trace, len(layer.spans)) == [9, 13, 5]
+    for path in (paths.blob, paths.data, paths.spans):
+        path.unlink()
+    registry.clear_requests()
+    with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
+        rig.add(layer)
+        rig.open(layer, background=True)
+        rig.wait_verified(layer)
+        assert starts(rig, layer)[0] == 9
+        assert {13, 5} <= set(starts(rig, layer)[1:4])
+
+
+def test_the_trace_is_written_while_the_layer_is_in_use(rig: Rig) -> None:
+    layer = rig.add(make_layer())
+    server = rig.connect(layer)
+    server.read(7)
+    path = rig.store.paths(layer.digest).trace
+    rig.wait_for(lambda: trace.load(path, 100) == [7], "the trace on disk")
+
+
+def test_layers_take_turns(tmp_path: Path, registry: Registry) -> None:
+    with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
+        layers = [rig.add(make_layer(seed=seed)) for seed in (1, 2, 3)]
+        rig.source = lambda _: None
+        for layer in layers:
+            rig.open(layer, background=True)
+        rig.source = None
+        for layer in layers:
+            rig.send_source(layer)
+        for layer in layers:
+            rig.wait_verified(layer)
+        order = [request.path.rpartition("/")[2] for request in registry.matching(path=BLOBS)]
+        first_rounds = order[1:7]
+        assert set(first_rounds[:3]) == set(first_rounds[3:6]) == {layer.digest for layer in layers}
+
+
+def test_a_blob_that_is_not_the_layer_is_dropped_and_not_tried_for_ever(
+    rig: Rig, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("does not have its digest")
+    layer = rig.add(misnamed(make_layer()))
+    rig.open(layer, background=True)
+    rig.wait_for(lambda: rig.completions, "a verdict")
+    assert rig.completions == [control.Complete(layer.digest, verified=False)]
+    assert set(rig.states(layer)) == {SpanState.MISSING}
+    requests = len(rig.ranges())
+    settle()
+    assert len(rig.ranges()) == requests
+    assert rig.count("layers_mismatched") == 1
+    server = rig.connect(layer)
+    for span in range(len(layer.spans)):
+        assert server.read(span) == layer.content(span), "readers are served all the same"
+    settle()
+    assert len(rig.completions) == 1
+
+
+def test_a_wrong_byte_in_front_of_span_0_is_noticed_by_the_whole(
+    rig: Rig, registry: Registry, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("does not have its digest")
+    layer = rig.add(make_layer())
+    assert layer.spans[0].compressed_start > 0
+    registry.fault(FlipByte(path=BLOBS, at=1, count=1))
+    rig.open(layer, background=True)
+    rig.wait_for(lambda: rig.completions, "a verdict")
+    assert rig.completions == [control.Complete(layer.digest, verified=False)]
+    assert rig.count("digest_mismatches") == 0, "no span was wrong"
+
+
+def test_the_background_rests_after_an_error_and_goes_on(tmp_path: Path, registry: Registry) -> None:
+    with Rig(tmp_path, registry, options={"background_pause_s": 0.2}) as rig:
+        layer = rig.add(make_layer())
+        fault = registry.fault(Status(path=BLOBS, status=404, count=3))
+        rig.open(layer, background=True)
+        rig.wait_verified(layer)
+        assert fault.hits == 3
+        assert rig.count("failures") == 0, "nobody waited"
+        assert max(rig.times_fetched(layer).values()) <= 4
+
+
+def test_a_span_that_is_always_wrong_is_given_up_by_the_background(
+    tmp_path: Path, registry: Registry, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("span cannot be had")
+    with Rig(tmp_path, registry, options={"background_pause_s": 0.05, **ONE_RANGE}) as rig:
+        layer = rig.add(make_layer())
+        broken = bytearray(layer.blob)
+        broken[layer.spans[6].compressed_start + 50] ^= 1
+        rig.substitute(layer, bytes(broken))
+        rig.open(layer, background=True)
+        rig.wait_for(lambda: rig.count("digest_mismatches") == 3, "three tries")
+        rig.wait_for(lambda: rig.count("spans_fetched") == len(layer.spans) - 1, "all others")
+        requests = len(rig.ranges())
+        settle(0.3)
+        assert len(rig.ranges()) == requests
+        assert rig.states(layer)[6] is SpanState.MISSING
+
+
+def test_memory_is_bounded(tmp_path: Path, registry: Registry) -> None:
+    """With room for nothing, one range at a time is under way, whoever wants it."""
+    with Rig(tmp_path, registry, options={"memory_bytes": 1, "range_max_bytes": 40_000}) as rig:
+        layer = rig.add(make_layer())
+        registry.fault(Stall(path=BLOBS, seconds=0.5))
+        rig.open(layer, background=True)
+        rig.wait_for(rig.ranges, "the first range")
+        server = rig.connect(layer)
+        server.want(9)
+        settle()
+        assert len(rig.ranges()) == 1
+        server.wait(9)
+        rig.wait_verified(layer)
+        rig.wait_for(lambda: rig.count("memory_bytes") == 0, "memory given back")

@@ -1,0 +1,120 @@
+"""What the background may take of a link, simulated: bytes arrive at a rate, time is an argument."""
+
+from __future__ import annotations
+
+import pytest
+
+from snapshotter.fetch.link import MIN_RANGE, PATIENCE, QUIET_SECONDS, TRIAL, Link
+
+MIB = 1 << 20
+
+
+def link(max_width: int = 4, max_range: int = 8 * MIB) -> Link:
+    return Link(max_width=max_width, max_range=max_range)
+
+
+def feed(model: Link, start: float, seconds: float, rate: float, transfers: int = 1) -> float:
+    """Let `rate` bytes per second arrive for `seconds` on so many transfers; return the time afterwards."""
+    steps = max(int(seconds / 0.02), 1)
+    for _ in range(transfers):
+        model.started(start)
+    for step in range(1, steps + 1):
+        model.received(start + step * 0.02, int(rate * 0.02))
+    end = start + steps * 0.02
+    for _ in range(transfers):
+        model.ended(end, reader=False)
+    return end
+
+
+def test_nothing_is_known_at_first_and_the_background_starts_all_the_same() -> None:
+    model = link()
+    assert model.rate == 0
+    allowance = model.background(0.0, reader_bytes=0)
+    assert allowance.ranges == 2
+    assert allowance.size == 2 * MIN_RANGE
+
+
+@pytest.mark.parametrize("rate", [2 * MIB, 20 * MIB, 100 * MIB])
+def test_the_rate_is_measured(rate: int) -> None:
+    model = link()
+    feed(model, 10.0, 3.0, rate)
+    assert model.rate == pytest.approx(rate, rel=0.05)
+
+
+def test_time_without_a_transfer_does_not_count() -> None:
+    model = link()
+    now = 0.0
+    for _ in range(10):
+        now = feed(model, now, 0.2, 50 * MIB) + 5.0
+    assert model.rate == pytest.approx(50 * MIB, rel=0.05)
+
+
+def test_a_link_that_became_slower_is_believed_after_a_while() -> None:
+    model = link()
+    now = feed(model, 0.0, 1.0, 100 * MIB)
+    feed(model, now, 30.0, 5 * MIB)
+    assert model.rate == pytest.approx(5 * MIB, rel=0.05)
+
+
+def test_ranges_grow_with_the_rate_within_their_bounds() -> None:
+    sizes = []
+    for rate in (1 * MIB, 20 * MIB, 1000 * MIB):
+        model = link(max_width=2)
+        now = feed(model, 0.0, 3.0, rate)
+        sizes.append(model.background(now, reader_bytes=0).size)
+    assert sizes == [MIN_RANGE, pytest.approx(3 * MIB, rel=0.1), 8 * MIB]
+
+
+def test_a_reader_leaves_the_background_nothing_of_a_link_that_it_fills() -> None:
+    model = link()
+    assert model.background(0.0, reader_bytes=1).ranges == 0, "unknown link: the reader has it alone"
+    now = feed(model, 0.0, 1.0, 10 * MIB)
+    assert model.background(now, reader_bytes=1 * MIB).ranges == 0
+
+
+def test_beside_a_reader_that_leaves_room_one_short_range_runs() -> None:
+    model = link()
+    now = feed(model, 0.0, 1.0, 100 * MIB)
+    allowance = model.background(now, reader_bytes=1 * MIB)
+    assert allowance.ranges == 1
+    assert allowance.size == pytest.approx(5 * MIB, rel=0.1)
+
+
+def test_readers_count_as_active_for_a_moment_after_their_last_transfer() -> None:
+    model = link()
+    now = feed(model, 0.0, 1.0, 100 * MIB)
+    model.started(now)
+    model.ended(now + 0.1, reader=True)
+    assert model.quiet_at() == pytest.approx(now + 0.1 + QUIET_SECONDS)
+    assert model.background(now + 0.2, reader_bytes=0).ranges == 1
+    assert model.background(model.quiet_at(), reader_bytes=0).ranges == 2
+
+
+def run_full(model: Link, now: float, per_range: float, most: float, samples: int) -> float:
+    """Keep all allowed ranges busy on a link where each gives `per_range` and all together `most`."""
+    for _ in range(samples):
+        width = model.background(now, reader_bytes=0).ranges
+        now = feed(model, now, 0.12, min(width * per_range, most), transfers=width)
+    return now
+
+
+def test_the_background_widens_while_that_helps() -> None:
+    model = link(max_width=6)
+    run_full(model, 0.0, 40 * MIB, 1000 * MIB, samples=8 * TRIAL)
+    assert model.width == 6
+
+
+def test_the_background_does_not_stay_wide_where_it_does_not_help() -> None:
+    model = link(max_width=6)
+    now = run_full(model, 0.0, 100 * MIB, 100 * MIB, samples=2 * TRIAL)
+    assert model.width == 2, "3 was tried and taken back"
+    run_full(model, now, 100 * MIB, 100 * MIB, samples=(PATIENCE + 2) * TRIAL)
+    assert model.width <= 3, "tried again after a while"
+
+
+def test_read_ahead_has_what_the_link_gives_in_a_moment_less_what_is_under_way() -> None:
+    model = link()
+    assert model.ahead_room(0) == 2 * MIN_RANGE
+    assert model.ahead_room(3 * MIN_RANGE) < 0
+    feed(model, 0.0, 1.0, 100 * MIB)
+    assert model.ahead_room(10 * MIB) == pytest.approx(20 * MIB, rel=0.1)

@@ -1,0 +1,170 @@
+"""The holder: descriptors that outlive whoever put them there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from snapshotter import messages
+from snapshotter.errors import ProcessFailed
+from snapshotter.fuse.holding import HolderClient
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[HolderClient]:
+    client = HolderClient(str(tmp_path / "h.sock"))
+    client.connect()
+    yield client
+    pid = client.pid
+    client.close()
+    os.kill(pid, signal.SIGKILL)
+
+
+def pipe_with(data: bytes) -> int:
+    reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
+    return reading
+
+
+def kept(client: HolderClient) -> dict[str, bytes]:
+    """Return the names and what the pipes behind them hold (which reading takes away)."""
+    found = {}
+    for name, fd in client.kept().items():
+        found[name] = os.read(fd, 100)
+        os.close(fd)
+    return found
+
+
+def test_a_descriptor_outlives_its_owner_and_the_connection(client: HolderClient, tmp_path: Path) -> None:
+    fd = pipe_with(b"hello")
+    client.put("7.init", fd)
+    os.close(fd)
+    client.close()
+    again = HolderClient(str(tmp_path / "h.sock"))
+    assert kept(again) == {"7.init": b"hello"}
+    again.close()
+    client.connect()
+
+
+def test_a_name_can_be_replaced_and_dropped(client: HolderClient) -> None:
+    for data in (b"first", b"second"):
+        fd = pipe_with(data)
+        client.put("name", fd)
+        os.close(fd)
+    assert kept(client) == {"name": b"second"}
+    client.drop("name")
+    client.drop("name")
+    assert kept(client) == {}
+
+
+def test_the_holder_is_nobodys_child_and_its_socket_is_private(client: HolderClient, tmp_path: Path) -> None:
+    with open(f"/proc/{client.pid}/stat", encoding="ascii") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    assert int(fields[1]) != os.getpid()  # parent
+    assert int(fields[3]) != os.getsid(0)  # session
+    assert (tmp_path / "h.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_many_descriptors_come_back(client: HolderClient) -> None:
+    for number in range(300):
+        fd = pipe_with(str(number).encode())
+        client.put(f"n{number}", fd)
+        os.close(fd)
+    assert kept(client) == {f"n{n}": str(n).encode() for n in range(300)}
+
+
+def test_a_dead_holder_is_replaced_at_the_next_connection(client: HolderClient) -> None:
+    old = client.pid
+    os.kill(old, signal.SIGKILL)
+    with pytest.raises(ProcessFailed, match="does not answer"):
+        for _attempt in range(100):
+            client.kept()
+            time.sleep(0.01)
+    client.connect()
+    assert client.pid != old
+    assert kept(client) == {}
+
+
+def test_nonsense_ends_only_its_own_connection(client: HolderClient, tmp_path: Path) -> None:
+    for packet in (b"{}", b'{"op":"put","name":"x"}', b'{"op":"list"', b'{"op":"drop"}'):
+        bad = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        bad.connect(str(tmp_path / "h.sock"))
+        bad.send(packet)
+        assert messages.receive(bad) is None
+        bad.close()
+    assert kept(client) == {}
+
+
+def test_a_stopped_holder_is_an_error_not_a_hang(
+    client: HolderClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.close()
+    monkeypatch.setattr("snapshotter.fuse.holding._CALL_TIMEOUT_S", 0.2)
+    client.connect()
+    os.kill(client.pid, signal.SIGSTOP)
+    with pytest.raises(ProcessFailed, match="does not answer"):
+        client.kept()
+    os.kill(client.pid, signal.SIGCONT)
+    client.connect()
+
+
+def test_under_systemd_descriptors_go_to_its_store_and_come_back(tmp_path: Path) -> None:
+    """A stand-in for systemd's store: a datagram socket that receives FDSTORE, and LISTEN_FDS at the start."""
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(10)
+    path = str(tmp_path / "held.sock")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "snapshotter.fuse.holder", path],
+        env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+    )
+    try:
+        assert manager.recv(4096).startswith(b"READY=1")
+        client = HolderClient(path)
+        fd = pipe_with(b"stored")
+        client.put("3.45-1-2", fd)
+        os.close(fd)
+        data, fds, _flags, _address = socket.recv_fds(manager, 4096, 4)
+        assert data == b"FDSTORE=1\nFDNAME=3.45-1-2"
+        assert os.read(fds[0], 10) == b"stored"
+        client.drop("3.45-1-2")
+        assert manager.recv(4096) == b"FDSTOREREMOVE=1\nFDNAME=3.45-1-2"
+        client.close()
+    finally:
+        process.kill()
+        process.wait()
+        manager.close()
+    returned = start_with_stored(path, pipe_with(b"again"), "9.45-1-2")
+    try:
+        client = HolderClient(path)
+        assert kept(client) == {"9.45-1-2": b"again"}
+        client.close()
+    finally:
+        returned.kill()
+        returned.wait()
+        os.close(fds[0])
+
+
+def start_with_stored(path: str, fd: int, name: str) -> subprocess.Popen[bytes]:
+    """Start a holder as systemd does, with one stored descriptor."""
+    code = (
+        "import os, sys\n"
+        "os.dup2(int(sys.argv[1]), 3)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES=sys.argv[2])\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'snapshotter.fuse.holder', sys.argv[3]])\n"
+    )
+    os.unlink(path)
+    process = subprocess.Popen([sys.executable, "-c", code, str(fd), name, path], pass_fds=[fd])
+    os.close(fd)
+    while not os.path.exists(path):
+        time.sleep(0.01)
+    return process
