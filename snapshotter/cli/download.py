@@ -10,6 +10,7 @@ drops every unfinished blob.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,10 +156,8 @@ class Downloads:
         while True:
             try:
                 deadline = time.monotonic() + RANGE_SECONDS
-                return await trio.to_thread.run_sync(
-                    lambda: self._ranges.read(source, start, end, deadline=deadline),  # noqa: B023
-                    abandon_on_cancel=True,
-                )
+                read = functools.partial(self._ranges.read, source, start, end, deadline=deadline)
+                return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
             except AuthenticationFailed:
                 if renewed:
                     raise

@@ -12,6 +12,7 @@ Concurrency: one trio task. What a cancellation interrupts is removed: the half-
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,17 @@ def chain_ids(diff_ids: Sequence[Digest]) -> list[Digest]:
     return chain
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One layer whose turn it is."""
+
+    layer: Descriptor
+    diff_id: Digest
+    parent: str
+    chain_id: Digest
+    labels: Mapping[str, str]
+
+
 class Unpacker:
     """Makes the snapshots of one image, in one snapshotter."""
 
@@ -81,84 +93,74 @@ class Unpacker:
         self._containerd = containerd
         self._snapshots = containerd.snapshots(snapshotter)
         self._downloads = downloads
-        self._labels = labels
+        self._more_labels = labels
         self._report = report
 
     async def unpack(self, layers: Sequence[Descriptor], diff_ids: Sequence[Digest]) -> list[UnpackedLayer]:
         """Make a snapshot of each layer, lowest first. Raises SnapshotterError naming the layer."""
-        chain = chain_ids(diff_ids)
+        parent = ""
         finished: list[UnpackedLayer] = []
         async with open_nursery() as nursery:
-            for position, layer in enumerate(layers):
+            for position, (layer, chain_id) in enumerate(zip(layers, chain_ids(diff_ids), strict=True)):
                 begin = time.monotonic()
-                parent = chain[position - 1] if position else ""
-                outcome = await self._layer(
-                    position, layers, diff_ids[position], parent, chain[position], nursery
-                )
-                finished.append(UnpackedLayer(layer, chain[position], outcome, time.monotonic() - begin))
+                labels = {SNAPSHOT_REF: str(chain_id), **self._more_labels(position)}
+                step = _Step(layer, diff_ids[position], parent, chain_id, labels)
+                fetch = functools.partial(self._downloads.start, layers[position:], nursery)
+                outcome = await self._snapshot(step, fetch)
+                finished.append(UnpackedLayer(layer, chain_id, outcome, time.monotonic() - begin))
                 self._report(position, finished[-1])
+                parent = chain_id
             # Blobs of layers that turned out to have a snapshot are not waited for.
             nursery.cancel_scope.cancel()
         return finished
 
-    async def _layer(
-        self,
-        position: int,
-        layers: Sequence[Descriptor],
-        diff_id: Digest,
-        parent: str,
-        chain_id: Digest,
-        nursery: trio.Nursery,
-    ) -> Outcome:
-        if await trio.to_thread.run_sync(self._snapshots.exists, chain_id):
+    async def _snapshot(self, step: _Step, fetch: Callable[[], None]) -> Outcome:
+        if await trio.to_thread.run_sync(self._snapshots.exists, step.chain_id):
             return Outcome.PRESENT
-        labels = {SNAPSHOT_REF: str(chain_id), **self._labels(position)}
-        key = f"extract-{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)} {chain_id}"
-        mounts = await self._prepare(key, parent, chain_id, labels)
+        key = f"extract-{time.time_ns() % 1_000_000_000}-{secrets.token_urlsafe(3)} {step.chain_id}"
+        mounts = await self._prepare(key, step)
         if mounts is None:
             return Outcome.REMOTE
-        layer = layers[position]
         committed = False
         try:
-            self._downloads.start(layers[position:], nursery)
-            await self._downloads.wait(layer.digest)
-            found = await self._apply(layer, mounts)
-            if found != diff_id:
-                raise DigestMismatch(
-                    f"layer {layer.digest}: uncompressed it has digest {found}, but the image's config says {diff_id}"
-                )
+            fetch()
+            await self._downloads.wait(step.layer.digest)
+            await self._apply(step, mounts)
             with contextlib.suppress(AlreadyExists):
-                await trio.to_thread.run_sync(self._snapshots.commit, chain_id, key, labels)
+                await trio.to_thread.run_sync(self._snapshots.commit, step.chain_id, key, step.labels)
                 committed = True
         finally:
             if not committed:
                 with contextlib.suppress(SnapshotterError):
                     self._snapshots.remove(key)
-        await trio.to_thread.run_sync(
-            self._containerd.content.label, layer.digest, {UNCOMPRESSED_LABEL: str(diff_id)}
-        )
+        label = {UNCOMPRESSED_LABEL: str(step.diff_id)}
+        await trio.to_thread.run_sync(self._containerd.content.label, step.layer.digest, label)
         return Outcome.UNPACKED
 
-    async def _prepare(
-        self, key: str, parent: str, chain_id: Digest, labels: Mapping[str, str]
-    ) -> Mounts | None:
+    async def _prepare(self, key: str, step: _Step) -> Mounts | None:
         """Return where to unpack, or None when the snapshotter has made the layer itself."""
         for _ in range(_ATTEMPTS):
             try:
                 return await trio.to_thread.run_sync(
-                    self._snapshots.prepare, key, parent, labels, abandon_on_cancel=True
+                    self._snapshots.prepare, key, step.parent, step.labels, abandon_on_cancel=True
                 )
             except AlreadyExists:
-                if await trio.to_thread.run_sync(self._snapshots.exists, chain_id):
+                if await trio.to_thread.run_sync(self._snapshots.exists, step.chain_id):
                     return None
         raise SnapshotterError(
-            f"layer snapshot {chain_id}: snapshotter {self._snapshots.snapshotter} says it exists but does not show it"
+            f"layer {step.layer.digest}: snapshotter {self._snapshots.snapshotter} says that snapshot"
+            f" {step.chain_id} exists but does not show it"
         )
 
-    async def _apply(self, layer: Descriptor, mounts: Mounts) -> Digest:
-        """Let containerd unpack a layer; on cancellation, stop it before its directory goes away."""
-        work = self._containerd.apply(layer, mounts)
+    async def _apply(self, step: _Step, mounts: Mounts) -> None:
+        """Let containerd unpack a layer and check what it found; on cancellation, stop it before its directory goes."""
+        work = self._containerd.apply(step.layer, mounts)
         try:
-            return await trio.to_thread.run_sync(work.result, abandon_on_cancel=True)
+            found = await trio.to_thread.run_sync(work.result, abandon_on_cancel=True)
         finally:
             work.cancel()
+        if found != step.diff_id:
+            raise DigestMismatch(
+                f"layer {step.layer.digest}: uncompressed it has digest {found},"
+                f" but the image's config says {step.diff_id}"
+            )

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterator
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
+from google.protobuf.empty_pb2 import Empty
 
+from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.cli.main import main
 from snapshotter.containerd.client import Containerd
-from snapshotter.errors import Unavailable
+from snapshotter.snapshot.directories import metadata_path
+from snapshotter.snapshot.snapshotter import Snapshotter
+from snapshotter.snapshot.store import SnapshotStore
+from tests.support import host
 from tests.support.containerd import Containerd as Server
 from tests.support.dockerregistry import DockerRegistry
+from tests.support.layer_providers import DirectoryLayers
+from tests.support.snapshots_client import served
 
 
 @dataclass(frozen=True)
@@ -51,29 +59,60 @@ class Soci:
         return lines[0].removeprefix("soci: ")
 
 
+class Liar(snapshots_pb2_grpc.SnapshotsServicer):
+    """A snapshotter that says that every layer exists, and shows none."""
+
+    def __init__(self) -> None:
+        self.prepared = 0
+
+    def Prepare(  # noqa: N802
+        self, request: snapshots_pb2.PrepareSnapshotRequest, context: grpc.ServicerContext
+    ) -> snapshots_pb2.PrepareSnapshotResponse:
+        self.prepared += 1
+        context.abort(grpc.StatusCode.ALREADY_EXISTS, "I have it")
+
+    def List(  # noqa: N802
+        self, request: snapshots_pb2.ListSnapshotsRequest, context: grpc.ServicerContext
+    ) -> Iterator[snapshots_pb2.ListSnapshotsResponse]:
+        return iter(())
+
+    def Cleanup(self, request: snapshots_pb2.CleanupRequest, context: grpc.ServicerContext) -> Empty:  # noqa: N802
+        return Empty()
+
+
 @pytest.fixture(scope="session")
-def running_server(session_workdir: Path) -> Iterator[Server]:
-    # Nobody listens on the plugins' sockets, except where a test serves a snapshotter there.
+def layers(session_workdir: Path) -> Iterator[DirectoryLayers]:
+    """What the plugin `soci` of the shared containerd makes itself: nothing, until a test puts something there."""
+    provider = DirectoryLayers({})
+    root = session_workdir / "snapshotter"
+    snapshotter = Snapshotter(root, SnapshotStore(metadata_path(root)), provider)
+    with served(snapshotter, session_workdir / "soci.sock"):
+        yield provider
+    snapshotter.close()
+    host.detach_below(root)
+
+
+@pytest.fixture(scope="session")
+def liar(session_workdir: Path) -> Iterator[Liar]:
+    """The plugin `liar` of the shared containerd."""
+    service = Liar()
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    snapshots_pb2_grpc.add_SnapshotsServicer_to_server(service, server)
+    server.add_insecure_port(f"unix:{session_workdir}/liar.sock")
+    server.start()
+    yield service
+    server.stop(grace=None).wait()
+
+
+@pytest.fixture(scope="session")
+def running_server(session_workdir: Path, layers: DirectoryLayers, liar: Liar) -> Iterator[Server]:
+    # The plugins are there before it starts and after it ends: a socket that once failed is left alone for a while.
     plugins = {name: session_workdir / f"{name}.sock" for name in ("soci", "liar")}
     server = Server(session_workdir / "c", snapshotters=plugins)
     try:
         yield server.start()
     finally:
         server.cleanup()
-
-
-def wait_for_plugin(server: Server, name: str) -> None:
-    """Return when containerd reaches a snapshotter: after failures it tries again only every few seconds."""
-    end = time.monotonic() + 15
-    with Containerd.connect(str(server.address), "default") as client:
-        while True:
-            try:
-                client.snapshots(name).list()
-            except Unavailable:
-                assert time.monotonic() < end, f"containerd does not reach snapshotter {name}"
-                time.sleep(0.1)
-            else:
-                return
 
 
 @pytest.fixture

@@ -9,45 +9,24 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
 
-import grpc
 import pytest
 
-from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.cli.labels import IMAGE_LAYERS, LAYERS_SIZE, MAX_LABEL_SIZE, remote_labels
 from snapshotter.cli.unpack import chain_ids
 from snapshotter.containerd.client import Containerd
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.media_types import OCI_LAYER_GZIP
-from snapshotter.snapshot.directories import metadata_path
-from snapshotter.snapshot.snapshotter import Snapshotter
-from snapshotter.snapshot.store import SnapshotStore
 from snapshotter.units import Digest, sha256_digest
-from tests.cli.conftest import Soci, wait_for_plugin
-from tests.support import host
+from tests.cli.conftest import Liar, Soci
 from tests.support.containerd import Containerd as Server
 from tests.support.images import directory, tar, tar_layer
 from tests.support.layer_providers import DirectoryLayers
 from tests.support.registry import Image, Registry
-from tests.support.snapshots_client import served
 
 REMOTE = "containerd.io/snapshot/remote"
 CRI = "containerd.io/snapshot/cri"
-
-
-@pytest.fixture(scope="module")
-def layers(session_workdir: Path, running_server: Server) -> Iterator[DirectoryLayers]:
-    """What the plugin `soci` of the shared containerd serves: nothing, until a test puts something there."""
-    provider = DirectoryLayers({})
-    root = session_workdir / "snapshotter"
-    snapshotter = Snapshotter(root, SnapshotStore(metadata_path(root)), provider)
-    with served(snapshotter, session_workdir / "soci.sock"):
-        wait_for_plugin(running_server, "soci")
-        yield provider
-    snapshotter.close()
-    host.detach_below(root)
 
 
 @pytest.fixture
@@ -165,38 +144,9 @@ def test_an_explicit_index_is_passed_on(
     assert [request.labels[f"{REMOTE}/soci.index.digest"] for request in layers.requests] == [index] * 3
 
 
-class Liar(snapshots_pb2_grpc.SnapshotsServicer):
-    """Says that every layer exists, and shows none."""
-
-    def __init__(self) -> None:
-        self.prepared = 0
-
-    def Prepare(  # noqa: N802
-        self, request: snapshots_pb2.PrepareSnapshotRequest, context: grpc.ServicerContext
-    ) -> snapshots_pb2.PrepareSnapshotResponse:
-        self.prepared += 1
-        context.abort(grpc.StatusCode.ALREADY_EXISTS, "I have it")
-
-    def List(  # noqa: N802
-        self, request: snapshots_pb2.ListSnapshotsRequest, context: grpc.ServicerContext
-    ) -> Iterator[snapshots_pb2.ListSnapshotsResponse]:
-        return iter(())
-
-
-def test_a_snapshotter_that_lies_fails_the_pull(
-    soci: Soci, server: Server, registry: Registry, session_workdir: Path
-) -> None:
+def test_a_snapshotter_that_lies_fails_the_pull(soci: Soci, registry: Registry, liar: Liar) -> None:
     image, tars = add_image(registry)
-    liar = Liar()
-    service = grpc.server(futures.ThreadPoolExecutor(2))
-    snapshots_pb2_grpc.add_SnapshotsServicer_to_server(liar, service)
-    service.add_insecure_port(f"unix:{session_workdir}/liar.sock")
-    service.start()
-    try:
-        wait_for_plugin(server, "liar")
-        error = soci.fails("image", "rpull", "--snapshotter", "liar", image.name)
-    finally:
-        service.stop(grace=None).wait()
+    error = soci.fails("image", "rpull", "--snapshotter", "liar", image.name)
     assert f'of liar: target snapshot "{chain_of(tars)[0]}" in backend: not found' in error
     assert liar.prepared == 1
 
