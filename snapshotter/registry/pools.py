@@ -11,9 +11,10 @@ from __future__ import annotations
 import ssl
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import urllib3
+from urllib3.exceptions import LocationValueError
 
 HOSTS: Final = 64
 """Hosts whose idle connections are kept, per pool. A machine pulls from a handful."""
@@ -33,10 +34,13 @@ class Pools:
         }
 
     def find(self, url: str) -> urllib3.PoolManager:
-        """Return the pool by which `url` is to be reached."""
-        parts = urlsplit(url)
+        """Return the pool by which `url` is to be reached. Raises LocationValueError, as the pool would."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise LocationValueError("not a URL") from None
         pool = self._proxied.get(parts.scheme) or self._proxied.get("all")
-        if pool is None or proxy_bypass_environment(parts.netloc.rpartition("@")[2], self._proxies):
+        if pool is None or proxy_bypass(parts.netloc.rpartition("@")[2], self._proxies):
             return self._direct
         return pool
 

@@ -62,9 +62,7 @@ class RangeClient:
         silence_libraries()
         self._timeouts = timeouts
         self._headers = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
-        self._pool = urllib3.PoolManager(
-            num_pools=64, maxsize=connections, ssl_context=client_context(ca_file)
-        )
+        self._pools = Pools(connections=connections, context=client_context(ca_file))
 
     def close(self) -> None:
         """Close the idle connections; those in use close when their read ends."""

@@ -169,7 +169,8 @@ class Session:
             body = await self.wire.read_error(response, call.what, deadline=deadline)
             error = error_for(call.what, host_of(response.url), response.status_code, response.headers, body)
             refusals += 1
-            if refusals == MAX_REFUSALS or not await self._may_pass(call, url, response, body, sent):
+            last = refusals == MAX_REFUSALS or not at_home
+            if last or not await self._may_pass(call, url, response, body, sent):
                 raise error
 
     async def _may_pass(

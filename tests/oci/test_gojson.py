@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotter.errors import InvalidIndex
@@ -49,11 +49,13 @@ def test_refuses_what_no_format_has(value: object) -> None:
         go_json(value)
 
 
+@settings(max_examples=40)
 @given(JSON_VALUES)
 def test_means_the_same_to_an_ordinary_parser(value: object) -> None:
     assert json.loads(go_json(value)) == value
 
 
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), JSON_VALUES))
 def test_is_read_back_as_it_was(value: dict[str, object]) -> None:
     assert load_object(go_json(value), limit=1 << 20, what="x") == value

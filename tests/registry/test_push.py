@@ -141,6 +141,15 @@ def test_credentials_do_not_follow_an_upload_to_another_host(start: StartRegistr
     assert request.body == DATA
 
 
+def test_another_host_that_asks_for_credentials_gets_none(start: StartRegistry) -> None:
+    registry, other = start(auth=Bearer()), start()
+    other.fault(Status(status=401, count=-1, headers={"WWW-Authenticate": f'Basic realm="{other.host}"'}))
+    registry.fault(Status(status=202, method="POST", headers={"Location": f"{other.url}/upload"}, count=-1))
+    error = failure(registry, AuthenticationFailed, lambda: push(registry))
+    assert f"{other.host} answered 401" in str(error)
+    assert ["authorization" in request.headers for request in other.requests] == [False]
+
+
 def test_an_upload_that_is_moved_takes_its_body_along(start: StartRegistry) -> None:
     registry = start()
     moved = Redirect(method="PUT", status=307, to="/v2/app/blobs/uploads/moved")

@@ -141,9 +141,11 @@ def test_other_threads_run_while_one_waits(start: StartRegistry) -> None:
     done = threading.Event()
 
     def read() -> None:
-        for _ in range(20):
-            client.read(source, 0, 1_000_000)
-        done.set()
+        try:
+            for _ in range(20):
+                client.read(source, 0, 1_000_000)
+        finally:
+            done.set()
 
     thread = threading.Thread(target=read)
     thread.start()
