@@ -21,6 +21,7 @@ _FORMATS = "IIqqIqIIIIIqqI"
 """Struct letters of fields 0..13 of a file; `I` is a reference, but for uid and gid (6, 7)."""
 
 _REFERENCES = (0, 1, 4, 8, 9, 10, 13)
+_NUMBERS = (2, 3, 5, 6, 7, 11, 12)
 
 _KINDS = {kind.encode(): kind for kind in KINDS}
 
@@ -58,21 +59,17 @@ def read_entries(data: bytes, toc: Table) -> list[FileEntry]:
 class _Plan(NamedTuple):
     """How to read the tables that share a vtable.
 
-    `reorder` picks the 14 fields in slot order from the unpacked numbers with a 0 behind them (for
-    absent fields). The last seven are, for each reference, the distance from the start of the table
-    to what it is relative to, plus the size of the length that stands before what it refers to.
+    `references` and `numbers` pick those fields in slot order out of the unpacked values with a 0
+    behind them (for absent fields). `places` are, for each reference, the distance from the start of
+    the table to what it is relative to, plus the size of the length that stands before what it
+    refers to.
     """
 
     size: int
     unpack: Callable[[bytes, int], tuple[int, ...]]
-    reorder: Callable[[tuple[int, ...]], tuple[int, ...]]
-    name: int
-    kind: int
-    linkname: int
-    uname: int
-    gname: int
-    mod_time: int
-    pax: int
+    references: Callable[[tuple[int, ...]], tuple[int, ...]]
+    numbers: Callable[[tuple[int, ...]], tuple[int, ...]]
+    places: tuple[int, ...]
 
 
 def _make_plan(table: Table) -> _Plan:
@@ -91,10 +88,11 @@ def _make_plan(table: Table) -> _Plan:
     if not order.keys() >= set(_REFERENCES):
         raise InvalidZtoc(f"{table.what}: lacks a text field, even an empty one")
     return _Plan(
-        size,
-        struct.Struct(layout).unpack_from,
-        operator.itemgetter(*[order.get(slot, len(order)) for slot in range(len(_FORMATS))]),
-        *[offsets[slot] + U32_SIZE for slot in _REFERENCES],
+        size=size,
+        unpack=struct.Struct(layout).unpack_from,
+        references=operator.itemgetter(*[order[slot] for slot in _REFERENCES]),
+        numbers=operator.itemgetter(*[order.get(slot, len(order)) for slot in _NUMBERS]),
+        places=tuple(offsets[slot] + U32_SIZE for slot in _REFERENCES),
     )
 
 
@@ -120,60 +118,35 @@ def _append_entries(data: bytes, positions: list[int], entries: list[FileEntry])
         if plan is None:
             what = f"file {len(entries)}"
             plan = plans[vtable_position(data, table, what)] = _make_plan(Table(data, table, what))
-        size, unpack, reorder, at_name, at_kind, at_link, at_uname, at_gname, at_time, at_pax = plan
         (
-            to_name,
-            to_kind,
-            offset,
-            length,
-            to_link,
-            mode,
-            uid,
-            gid,
-            to_uname,
-            to_gname,
-            to_time,
-            major,
-            minor,
-            to_pax,
-        ) = reorder((*unpack(data, table), 0))
+            table_size,
+            unpack,
+            references,
+            numbers,
+            (at_name, at_kind, at_link, at_uname, at_gname, at_time, at_pax),
+        ) = plan
+        values = (*unpack(data, table), 0)
+        to_name, to_kind, to_link, to_uname, to_gname, to_time, to_pax = references(values)
+        offset, size, mode, uid, gid, major, minor = numbers(values)
         name = _string(data, table + at_name + to_name)
         kind = _string(data, table + at_kind + to_kind)
         link = _string(data, table + at_link + to_link)
         uname = _string(data, table + at_uname + to_uname)
         gname = _string(data, table + at_gname + to_gname)
         time = _string(data, table + at_time + to_time)
-        budget -= size + len(name) + len(kind) + len(link) + len(uname) + len(gname) + len(time)
+        budget -= table_size + len(name) + len(kind) + len(link) + len(uname) + len(gname) + len(time)
         if budget < 0:
             raise InvalidZtoc(f"file {len(entries)}: the texts so far are larger than the buffer")
         mod_time = times.get(time)
         if mod_time is None:
             mod_time = times[time] = time.decode("utf-8", "surrogateescape")
         pax: _Pax = ()
-        vector = table + at_pax + to_pax
-        if _u32(data, vector - U32_SIZE)[0]:
-            pax, budget = _read_pax(
-                data, vector - U32_SIZE, budget, pax_plans, f"file {len(entries)}, PAX records"
-            )
+        vector = table + at_pax + to_pax - U32_SIZE
+        if _u32(data, vector)[0]:
+            pax, budget = _read_pax(data, vector, budget, pax_plans, f"file {len(entries)}, PAX records")
+        owner = uid, gid, uname, gname
         entries.append(
-            new(
-                (
-                    name,
-                    _KINDS[kind],
-                    offset,
-                    length,
-                    link,
-                    mode,
-                    uid,
-                    gid,
-                    uname,
-                    gname,
-                    mod_time,
-                    major,
-                    minor,
-                    pax,
-                )
-            )
+            new((name, _KINDS[kind], offset, size, link, mode, *owner, mod_time, major, minor, pax))
         )
 
 

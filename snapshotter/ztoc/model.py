@@ -11,6 +11,7 @@ import mmap
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 from snapshotter.units import Digest
@@ -146,6 +147,7 @@ def civil_from_days(days: int) -> tuple[int, int, int]:
     return year + era * 400 + (month <= 2), month, day
 
 
+@lru_cache(maxsize=4096)
 def mod_time_ns(text: str) -> int:
     """Return RFC 3339 `text` as nanoseconds since 1970-01-01 UTC; 0 for text that does not parse.
 

@@ -38,7 +38,7 @@ _PLACES = {
 _CHECKSUM = slice(148, 156)
 
 
-def header(*, signed_checksum: bool = False, checksum: bytes | None = None, **fields: bytes | int) -> bytes:
+def header(**fields: bytes | int) -> bytes:
     """Return a header block, ustar by default; numbers become octal digits, bytes stand as they are."""
     block = bytearray(BLOCK)
     values: dict[str, bytes | int] = {"name": b"f", "mode": 0o644, "flag": b"0", "magic": USTAR, **fields}
@@ -46,10 +46,20 @@ def header(*, signed_checksum: bool = False, checksum: bytes | None = None, **fi
         start, size = _PLACES[key]
         text = b"%0*o\0" % (size - 1, value) if isinstance(value, int) else value
         block[start : start + len(text)] = text
-    block[_CHECKSUM] = b" " * 8
-    total = sum(byte - 256 if signed_checksum and byte > 127 else byte for byte in block)
-    block[_CHECKSUM] = b"%06o\0 " % total if checksum is None else checksum
-    return bytes(block)
+    return summed(bytes(block))
+
+
+def summed(block: bytes, *, signed: bool = False) -> bytes:
+    """Return a header block with its checksum, of signed bytes if asked."""
+    block = with_checksum(block, b" " * 8)
+    return with_checksum(
+        block, b"%06o\0 " % sum(byte - 256 if signed and byte > 127 else byte for byte in block)
+    )
+
+
+def with_checksum(block: bytes, checksum: bytes) -> bytes:
+    """Return a header block with those eight bytes in place of its checksum."""
+    return block[: _CHECKSUM.start] + checksum + block[_CHECKSUM.stop :]
 
 
 def padded(data: bytes) -> bytes:

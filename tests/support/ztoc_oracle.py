@@ -93,7 +93,7 @@ def checkpoints(blob: bytes, span_size: int) -> list[Point]:
             stream.next_out, stream.avail_out = ctypes.addressof(room), len(room)
             code = library.inflate(handle, _Z_BLOCK)
             assert code in {0, 1, -5}, code
-            out += room[: len(room) - stream.avail_out]
+            out += ctypes.string_at(room, len(room) - stream.avail_out)
             ended = code == 1
             border = code == 0 and stream.data_type & 128 and not stream.data_type & 64
             if border and (not points or len(out) - points[-1][1] > span_size):

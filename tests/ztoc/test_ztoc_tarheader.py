@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from snapshotter.errors import InvalidTar
 from snapshotter.ztoc.model import mod_time_ns
 from snapshotter.ztoc.tarheader import decode, number, rfc3339
-from tests.support.raw_tar import GNU, USTAR, V7, header
+from tests.support.raw_tar import GNU, USTAR, V7, header, summed, with_checksum
 
 STAR = {"magic": USTAR, "trailer": b"tar\0"}
 
@@ -21,17 +21,17 @@ class TestChecksum:
 
     def test_signed_or_unsigned(self) -> None:
         assert decode(header(name=b"\xff\xfe")).name == b"\xff\xfe"
-        assert decode(header(name=b"\xff\xfe", signed_checksum=True)).name == b"\xff\xfe"
+        assert decode(summed(header(name=b"\xff\xfe"), signed=True)).name == b"\xff\xfe"
 
     @pytest.mark.parametrize("form", [b"%06o\0 ", b"%07o\0", b" %06o ", b"%o", b"\0 %05o\0"])
     def test_any_way_to_write_the_number(self, form: bytes) -> None:
         total = int(header()[148:154], 8)
-        assert decode(header(checksum=(form % total).ljust(8, b"\0"))).name == b"f"
+        assert decode(with_checksum(header(), (form % total).ljust(8, b"\0"))).name == b"f"
 
     @pytest.mark.parametrize("wrong", [b"0000000\0", bytes(8), b"8888888\0", b"\x80\0\0\0\0\0\0\1"])
     def test_wrong(self, wrong: bytes) -> None:
         with pytest.raises(InvalidTar, match="wrong checksum"):
-            decode(header(checksum=wrong))
+            decode(with_checksum(header(), wrong))
 
     @pytest.mark.parametrize("off", [1, -1, 65521, -65521])
     def test_near_misses(self, off: int) -> None:
@@ -39,7 +39,7 @@ class TestChecksum:
         total = int(block[148:154], 8) + off
         if total > 0:
             with pytest.raises(InvalidTar, match="wrong checksum"):
-                decode(block[:148] + b"%06o\0 " % total + block[156:])
+                decode(with_checksum(block, b"%06o\0 " % total))
 
     def test_a_full_block_has_the_exact_sum(self) -> None:
         fields = {
