@@ -304,12 +304,12 @@ class Keeper:
 
     async def _forget(self, mountpoint: Mountpoint) -> None:
         mountpoint.state = State.GONE
-        counters = self.counters(mountpoint.spec.snapshot_id)
-        self._mounts.pop(mountpoint.spec.snapshot_id, None)
         try:
             await trio.to_thread.run_sync(self._holder.drop, mountpoint.holder_name)
         except ProcessFailed as error:
             _log.warning("the holder keeps a mount that is gone", extra={"error": str(error)})
+        counters = self.counters(mountpoint.spec.snapshot_id)
+        del self._mounts[mountpoint.spec.snapshot_id]
         os.close(mountpoint.fd)
         os.close(mountpoint.counters_fd)
         self._on_gone(mountpoint.spec, counters)

@@ -32,7 +32,8 @@ class LazySystem:
         result = subprocess.run(
             [
                 sys.executable, "-m", "snapshotter.cli.main",
-                "--address", str(self.containerd.address), *NAMESPACE_FLAGS, *arguments,
+                "--address", str(self.containerd.address), *NAMESPACE_FLAGS,
+                "--root", str(self.containerd.directory / "soci"), *arguments,
             ],
             capture_output=True, text=True, timeout=timeout, check=False,
             env={**os.environ, "DOCKER_CONFIG": str(self.containerd.directory)},

@@ -86,7 +86,6 @@ RENAMED: dict[KeyPath, str] = {
 }
 
 NOT_YET: tuple[KeyPath, ...] = (
-    ("metrics_network",),
     ("max_concurrency",),
     ("blob", "fetching_timeout_sec"),
     ("blob", "max_span_verification_retries"),
