@@ -70,6 +70,20 @@ def test_what_needs_no_server_wakes_none(workdir: Path, layer: LazyLayer) -> Non
     trio.run(main)
 
 
+def test_fifty_sleeping_mounts_have_no_process(workdir: Path, layer: LazyLayer) -> None:
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            for number in range(1, 51):
+                await kept.keeper.mount(layer.spec(number, workdir / f"m{number}"))
+            await shell(f"df {workdir}/m* && df && echo 3 > /proc/sys/vm/drop_caches && df {workdir}/m*")
+            assert {mount.state for mount in kept.keeper.mounts.values()} == {State.ASLEEP}
+            assert sum(kept.keeper.counters(number)["adoptions"] for number in kept.keeper.mounts) == 0
+            children = (await shell(f"pgrep -P {kept.forker.pid} || true")).split()
+            assert children == []
+
+    trio.run(main)
+
+
 def test_a_layer_falls_asleep_and_wakes_again(workdir: Path, layer: LazyLayer) -> None:
     async def main() -> None:
         async with keeping(workdir, idle_timeout=0.3) as kept:
