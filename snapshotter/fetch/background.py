@@ -95,7 +95,7 @@ class Background:
             elif not layer.header_fresh:
                 layer.files.states.set_header_fetched(False)
                 self._landing.drop(layer, 0)
-                if layer.wants_background:
+                if layer.wants_background and layer.flights.get(0) is None:
                     self._context.schedule.want(layer.digest, 0, Priority.BACKGROUND)
                     self._pump()
             else:
@@ -116,7 +116,7 @@ class Background:
         self._context.counters.add("layers_mismatched")
         log.error(
             "complete layer does not have its digest; its zTOC was made of another blob, or the disk is failing",
-            extra={"layer": layer.digest, "error": str(reason) if isinstance(reason, Exception) else ""},
+            extra={"layer": layer.digest, "reason": str(reason) if isinstance(reason, Exception) else ""},
         )
         self._context.schedule.stop_background(layer.digest)
         for span in range(layer.files.span_count):

@@ -59,7 +59,8 @@ GAUGES = (
     "queued_background",
     "transfers_ondemand",
     "transfers_background",
-    "memory_bytes",
+    "memory_bytes",  # of ranges under way or waiting for a worker
+    "memory_idle_bytes",  # kept for the next ranges
     "link_bytes_per_second",
     "background_width",
 )

@@ -1,7 +1,8 @@
 """Starts transfers when there is room for them.
 
-Room means a free connection, memory, and for the background what the link leaves. Readers and read-ahead have
-connections of their own, so that they never queue behind the background; read-ahead may use half of them.
+Room means a free thread, memory, and for the background what the link leaves. Readers and read-ahead have threads
+of their own, so that they never queue behind the background; read-ahead may use half of them. A thread has a
+connection for itself while it reads; idle ones are shared, so that a reader finds a warm one.
 
 Memory is reserved for a range from its start until the last of its spans has been written. One range always
 fits, however large. The background may use half of the memory.
@@ -62,10 +63,11 @@ class Downloads:
         }
         timeouts = Timeouts(connect=options.connect_timeout_s, read=options.read_timeout_s)
         ca_file = Path(options.ca_file) if options.ca_file else None
-        self._clients = {
-            background: RangeClient(connections=pool.size, timeouts=timeouts, ca_file=ca_file)
-            for background, pool in self._pools.items()
-        }
+        self._client = RangeClient(
+            connections=options.on_demand_connections + options.background_connections,
+            timeouts=timeouts,
+            ca_file=ca_file,
+        )
         self._under_way: dict[Flight[Reader], Transfer] = {}
         self._transfers: dict[Transfer, None] = {}
         self._buffers = Buffers(options.memory_bytes)
@@ -83,7 +85,8 @@ class Downloads:
 
     def ahead_room(self) -> int:
         """Return how many bytes may be asked for ahead of readers now."""
-        return self._context.link.ahead_room(self._reader_bytes())
+        queued = self._context.schedule.queued_bytes(Priority.AHEAD)
+        return self._context.link.ahead_room(self._reader_bytes() + queued)
 
     def join(self, flight: Flight[Reader]) -> None:
         """A reader has begun to wait for a flight; if that is far back in a range, cut the range short."""
@@ -175,6 +178,7 @@ class Downloads:
         flights = []
         for span in range(batch.first, batch.end):
             flight = layer.flights.get(span) or layer.flights.begin(span, SpanState.FETCHED)
+            assert flight.stage is Stage.QUEUED, f"span {span} is in the schedule and {flight.stage}"
             flight.stage = Stage.TRANSFER
             flights.append(flight)
         transfer = Transfer(layer, flights, batch.priority, self._buffers)
@@ -208,7 +212,7 @@ class Downloads:
                 partial(self._written, transfer, flight),
             )
 
-        transfer.run(self._clients[transfer.background], source, deadline, deliver)
+        transfer.run(self._client, source, deadline, deliver)
 
     # ---- ending ----
 
@@ -260,6 +264,7 @@ class Downloads:
         """Give memory back to the system if nothing has been fetched for a while."""
         if not self._transfers and self._idle_since + IDLE_SECONDS <= trio.current_time():
             self._buffers.clear()
+            self._set_gauges()
             self._context.chores.submit(0, trim_heap, lambda _: None)
 
     def _count_bytes(self) -> None:
@@ -278,6 +283,7 @@ class Downloads:
         counters.set("transfers_ondemand", running.count(False))
         counters.set("transfers_background", running.count(True))
         counters.set("memory_bytes", self._reserved)
+        counters.set("memory_idle_bytes", self._buffers.free_bytes)
         counters.set("queued_ondemand", schedule.queued(Priority.ON_DEMAND))
         counters.set("queued_ahead", schedule.queued(Priority.AHEAD))
         counters.set("queued_background", schedule.queued(Priority.BACKGROUND))

@@ -12,7 +12,7 @@ from functools import partial
 
 import trio
 
-from snapshotter.errors import RegistryError
+from snapshotter.errors import RegistryError, SpanInflateError
 from snapshotter.fetch import control, trace
 from snapshotter.fetch.background import Background
 from snapshotter.fetch.context import Context
@@ -73,7 +73,7 @@ class Fetcher:
                 await reader.run(partial(self._message, layer, reader))
             except ValueError as error:
                 self._context.counters.add("bad_messages")
-                log.warning("server dropped", extra={"layer": digest, "error": str(error)})
+                log.warning("server dropped", extra={"layer": digest, "reason": str(error)})
             finally:
                 layer.readers.discard(reader)
                 if not layer.closed:
@@ -111,7 +111,7 @@ class Fetcher:
             try:
                 trace.append(layer.files.paths.trace, layer.trace.take_unsaved())
             except OSError as error:
-                log.warning("trace not written", extra={"layer": layer.digest, "error": str(error)})
+                log.warning("trace not written", extra={"layer": layer.digest, "reason": str(error)})
             layer.close()
         self._context.layers.clear()
 
@@ -169,7 +169,7 @@ class Fetcher:
 
     def _trace_saved(self, layer: ActiveLayer, outcome: Exception | None) -> None:
         if outcome is not None:
-            log.warning("trace not written", extra={"layer": layer.digest, "error": str(outcome)})
+            log.warning("trace not written", extra={"layer": layer.digest, "reason": str(outcome)})
 
     # ---- what the parts report ----
 
@@ -181,17 +181,22 @@ class Fetcher:
         self._downloads.pump()
 
     def _span_failed(self, layer: ActiveLayer, error: Exception) -> None:
-        self._downloads.recovery.rest(layer, error)
+        if not isinstance(error, SpanInflateError):  # which says nothing about registry or disk
+            self._downloads.recovery.rest(layer, error)
 
     def _source_failed(self, layer: ActiveLayer, error: RegistryError) -> None:
         """Nothing of the layer can be fetched for now."""
         self._downloads.recovery.rest(layer, error)
-        for flight in layer.flights:
-            if flight.stage is Stage.QUEUED and layer.flights.holds(flight):
-                if flight.waiters:
-                    self._landing.failed(layer, flight, error)
-                else:
-                    self._landing.abandon(layer, flight)
+        doomed = [flight for flight in layer.flights if flight.stage is Stage.QUEUED]
+        for (
+            flight
+        ) in doomed:  # all of them first: telling one reader must not make another one's span ask again
+            self._context.schedule.discard(layer.digest, flight.span)
+        for flight in doomed:
+            if flight.waiters:
+                self._landing.failed(layer, flight, error)
+            else:
+                self._landing.abandon(layer, flight)
 
     def _set_gauges(self) -> None:
         layers = self._context.layers.values()

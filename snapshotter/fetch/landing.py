@@ -58,6 +58,8 @@ class Landing:
         self._on_change = on_change
         self._on_failure = on_failure
         self._disk_full = False
+        self._explained: Exception | None = None
+        """The last error; one that fails many spans shows its stack once."""
 
     def stored(self, layer: ActiveLayer, flight: Flight[Reader], outcome: Outcome) -> None:
         """A worker has done what it could with the flight's span."""
@@ -207,9 +209,11 @@ class Landing:
                 return  # said once, until something could be written again
             self._disk_full = True
         expected = isinstance(error, SnapshotterError | OSError)
+        explained = expected or error is self._explained
+        self._explained = error
         log.log(
             logging.WARNING if expected else logging.ERROR,
             "span cannot be had",
-            extra={"layer": layer.digest, "span": span, "error": str(error), "kind": type(error).__name__},
-            exc_info=None if expected else error,
+            extra={"layer": layer.digest, "span": span, "reason": str(error), "kind": type(error).__name__},
+            exc_info=None if explained else error,
         )

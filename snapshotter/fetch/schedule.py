@@ -96,11 +96,17 @@ class Schedule:
         """Return how many spans wait with `priority`, over all layers."""
         return sum(len(self._layers[layer].queues[priority]) for layer in self._turns[priority])
 
+    def queued_bytes(self, priority: Priority) -> int:
+        """Return how many compressed bytes wait with `priority`, over all layers."""
+        wishes = [self._layers[layer] for layer in self._turns[priority]]
+        return sum(one.sizes[span] for one in wishes for span in one.queues[priority])
+
     def take(self, priority: Priority, limit: int, allowed: Callable[[str], bool]) -> Batch | None:
         """Take the next batch of `priority` from a layer that is `allowed`, or None.
 
         The batch has at least one span and otherwise at most `limit` bytes. A batch for a blocked reader
-        takes neighbours along that are read ahead; the other priorities only take their own.
+        takes along, at its end, neighbours that are read ahead; no reader is put behind those. The other
+        priorities only take their own.
         """
         turns = self._turns[priority]
         for layer in list(turns):
@@ -117,15 +123,18 @@ class Schedule:
     def _coalesce(self, layer: str, priority: Priority, limit: int) -> Batch:
         wishes = self._layers[layer]
         own = wishes.queues[priority]
-        riders = wishes.queues[Priority.AHEAD] if priority is Priority.ON_DEMAND else own
+        riders = wishes.queues[Priority.AHEAD] if priority is Priority.ON_DEMAND else {}
         first = next(iter(own))
         del own[first]
         end, size = first + 1, wishes.sizes[first]
-        while end in own or end in riders:
+        queue = own
+        while True:
+            if end not in queue and queue is own:
+                queue = riders
+            if end not in queue:
+                return Batch(layer, first, end, priority)
             size += wishes.sizes[end]
             if size > limit:
-                break
-            own.pop(end, None)
-            riders.pop(end, None)
+                return Batch(layer, first, end, priority)
+            del queue[end]
             end += 1
-        return Batch(layer, first, end, priority)

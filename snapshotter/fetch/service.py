@@ -68,7 +68,7 @@ class Service:
                 return
             except ValueError as error:
                 self._counters.add("bad_messages")
-                log.error("control message ignored", extra={"error": str(error)})
+                log.error("control message ignored", extra={"reason": str(error)})
                 continue
             if received is None:
                 return
@@ -94,7 +94,7 @@ class Service:
         try:
             await fetcher.open(layer, background=background)
         except (SnapshotterError, OSError) as error:
-            log.error("layer cannot be opened", extra={"layer": layer, "error": str(error)})
+            log.error("layer cannot be opened", extra={"layer": layer, "reason": str(error)})
             self._tell(control.Opened(layer, str(error)))
         else:
             self._tell(control.Opened(layer))
@@ -103,7 +103,7 @@ class Service:
         try:
             await fetcher.serve(layer, server)
         except (SnapshotterError, OSError) as error:
-            log.error("layer cannot be served", extra={"layer": layer, "error": str(error)})
+            log.error("layer cannot be served", extra={"layer": layer, "reason": str(error)})
 
     def _tell(self, message: control.FromFetcher) -> None:
         """Send `message` without waiting: now, or as soon as the daemon reads."""

@@ -71,7 +71,7 @@ class Sources:
         problem = RegistryUnavailable(error) if temporary else RegistryRefused(error)
         delay = self._context.policy.delay(state.failures, problem)
         if delay is None:
-            log.warning("no source for layer", extra={"layer": layer.digest, "error": error})
+            log.warning("no source for layer", extra={"layer": layer.digest, "reason": error})
             state.failures = 0
             self._on_failure(layer, problem)
             return

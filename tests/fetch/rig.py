@@ -19,13 +19,15 @@ import gzip
 import json
 import os
 import random
+import select
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +50,7 @@ from snapshotter.units import Digest
 from snapshotter.ztoc.build import build
 from snapshotter.ztoc.model import Algorithm
 from snapshotter.ztoc.spans import Span, spans_of
-from tests.support.images import directory, tar
+from tests.support.images import Entry, directory, tar
 from tests.support.process import wait_until
 from tests.support.registry import Registry
 
@@ -84,7 +86,7 @@ def make_layer(
 ) -> Layer:
     """Return a layer of about `size` bytes of tar; half of it does not compress."""
     source = random.Random(seed)
-    files = {"etc/": directory()}
+    files: dict[str, Entry | bytes] = {"etc/": directory()}
     for number in range(8):
         pieces = (
             source.randbytes(512) + bytes([source.randrange(256)]) * 512 for _ in range(size // (8 * 1024))
@@ -96,6 +98,16 @@ def make_layer(
     built = build([blob], algorithm=algorithm, span_size=span_size)
     tree = compile_tree(built.ztoc, ztoc_digest=built.digest)
     return Layer(blob, content, built.data, built.layer_digest, spans_of(built.ztoc), tree)
+
+
+def put(store: LayerStore, layer: Layer) -> None:
+    """Store what the daemon stores of a layer: its zTOC and tree."""
+
+    def write(fd: int) -> None:
+        assert os.write(fd, layer.tree) == len(layer.tree)
+
+    store.write_ztoc(layer.digest, layer.ztoc)
+    store.write_tree(layer.digest, write)
 
 
 def misnamed(layer: Layer) -> Layer:
@@ -111,7 +123,7 @@ class Rig:
     registry: Registry
     process: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    source: Callable[[control.NeedSource], control.Source | control.NoSource | None] | None = None
+    source: Callable[[control.NeedSource], control.FromDaemon | None] | None = None
     """How the daemon answers; by default with the blob's place in the registry. None: not at all."""
 
     def __post_init__(self) -> None:
@@ -125,6 +137,8 @@ class Rig:
         self._page = CounterPage.create("fetcher", NAMES)
         self._counters = CounterPage(self._page, NAMES, writable=False)
         self._child: subprocess.Popen[bytes] | None = None
+        self._hearing = threading.Event()
+        self._hearing.set()
         self._threads: list[threading.Thread] = []
         self.failure: BaseException | None = None
 
@@ -215,15 +229,14 @@ class Rig:
     def add(self, layer: Layer) -> Layer:
         """Put the blob into the registry and the zTOC and tree into the store."""
         self._blobs[layer.digest] = self.registry.add_blob(layer.blob)
-        self.store.write_ztoc(layer.digest, layer.ztoc)
-        self.store.write_tree(layer.digest, lambda fd: Path(f"/proc/self/fd/{fd}").write_bytes(layer.tree))
+        put(self.store, layer)
         return layer
 
     def substitute(self, layer: Layer, blob: bytes) -> None:
         """Let the daemon point at `blob` for `layer`."""
         self._blobs[layer.digest] = self.registry.add_blob(blob)
 
-    def send(self, message: control.FromDaemon, *fds: int) -> None:
+    def send(self, message: control.Message, *fds: int) -> None:
         """Say `message` to the fetcher."""
         control.send(self._control, message, fds)
 
@@ -233,6 +246,27 @@ class Rig:
         self.send(control.Open(layer.digest, background))
         wait_until(lambda: layer.digest in self._opened, timeout=PATIENCE, what="layer opened")
         assert self._opened[layer.digest] == ""
+
+    def say_raw(self, packet: bytes) -> None:
+        """Send any bytes to the fetcher."""
+        self._control.send(packet)
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Let the daemon read nothing for a while."""
+        self._hearing.clear()
+        try:
+            yield
+        finally:
+            self._hearing.set()
+
+    def slam(self) -> None:
+        """Close the daemon's end without reading what has come."""
+        self._control.close()
+
+    def answered(self) -> set[Digest]:
+        """Return the layers of which the fetcher has said whether they could be opened."""
+        return set(self._opened)
 
     def send_close(self, layer: Layer) -> None:
         """Say that `layer` is not mounted any more."""
@@ -264,9 +298,12 @@ class Rig:
 
     def _listen(self, control_socket: socket.socket) -> None:
         while True:
+            # Not recv at once: a deaf daemon must leave what comes in the socket.
             try:
+                select.select([control_socket], [], [])
+                self._hearing.wait()
                 received = control.receive(control_socket)
-            except OSError:
+            except (OSError, ValueError):
                 return
             if received is None:
                 return
@@ -276,7 +313,8 @@ class Rig:
                     default = control.Source(question.layer, self.place(question.layer))
                     answer = self.source(question) if self.source else default
                     if answer is not None:
-                        self.send(answer)
+                        with suppress(OSError):  # the fetcher may have ended meanwhile
+                            self.send(answer)
                 case control.Opened(digest, error):
                     self._opened[digest] = error
                 case control.Complete() as completion:

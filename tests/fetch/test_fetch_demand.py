@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -182,14 +182,15 @@ def test_a_server_that_talks_nonsense_is_dropped_and_others_are_served(
     expected_logs.allow("server dropped")
     layer = rig.add(make_layer())
     beyond = len(layer.spans)
-    for say in (
+    nonsense: list[Callable[[Server], None]] = [
         lambda server: server.say_raw(b"nonsense"),
         lambda server: server.say_raw(b"x" * 17),
         lambda server: server.want(beyond),
         lambda server: server.want(0, beyond + 1),
         lambda server: server.say(wire.Touch(beyond)),
         lambda server: server.say(wire.Ready(0, 1)),
-    ):
+    ]
+    for say in nonsense:
         server = rig.connect(layer)
         say(server)
         assert server.hear() is None
@@ -254,6 +255,36 @@ def test_a_server_that_cannot_read_a_span_gets_it_checked(rig: Rig) -> None:
     assert server.data(3) == layer.content(3)
     assert rig.count("spans_damaged") == 1
     assert rig.times_fetched(layer)[3] == 1, "`blob` was still right"
+
+
+def test_a_blob_that_went_bad_while_in_use_is_noticed_before_it_is_inflated(rig: Rig) -> None:
+    layer = rig.add(make_layer())
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    blob = rig.store.paths(layer.digest).blob
+    with blob.open("r+b") as file:
+        file.seek(layer.spans[5].compressed_start + 100)
+        file.write(b"damage")
+    server = rig.connect(layer)
+    assert server.read(5) == layer.content(5)
+    assert server.read(6) == layer.content(6)
+    assert rig.count("spans_damaged") == 1
+    assert rig.times_fetched(layer)[5] == 2
+    rig.wait_for(lambda: blob.read_bytes() == layer.blob, "the blob to be mended")
+
+
+def test_a_range_is_not_cut_while_somebody_waits_for_a_nearer_span(rig: Rig, registry: Registry) -> None:
+    layer = rig.add(make_layer(size=8 << 20, span_size=1 << 16))
+    server = rig.connect(layer)
+    rig.open(layer)
+    registry.fault(Stall(path="/blobs/", after=1000, seconds=0.5))
+    server.want(0, 40)
+    rig.wait_for(rig.ranges, "the range")
+    rig.connect(layer).want(39)
+    settle()
+    assert len(rig.ranges()) == 1
+    server.wait(*range(40))
+    assert rig.count("cut_ranges") == 0
 
 
 def test_many_servers_reading_everything_at_once(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -188,6 +189,8 @@ def test_a_source_that_cannot_be_found_fails_the_readers(rig: Rig, expected_logs
     server = rig.connect(layer)
     server.want(4, 6)
     assert server.wait_failed(4) == server.wait_failed(5) == errno.EIO
+    settle()
+    assert len(rig.questions) == 1
     rig.source = None
     assert server.read(4) == layer.content(4), "the next read asks again"
 
@@ -253,6 +256,24 @@ def test_one_dead_layer_does_not_hold_up_another(tmp_path: Path, registry: Regis
         assert rig.connect(alive).read(4) == alive.content(4)
         rig.open(alive, background=True)
         rig.wait_verified(alive)
+
+
+def test_a_span_that_cannot_be_inflated_is_an_error_and_not_fetched_again(
+    rig: Rig, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("span cannot be had")
+    layer = rig.add(make_layer())
+    rig.open(layer)
+    ztoc = rig.store.paths(layer.digest).ztoc
+    os.truncate(ztoc, layer.spans[4].window_offset)
+    server = rig.connect(layer)
+    for _ in range(2):
+        server.want(4)
+        assert server.wait_failed(4) == errno.EIO
+    assert rig.states(layer)[4] is SpanState.FETCHED
+    ztoc.write_bytes(layer.ztoc)
+    assert server.read(4) == layer.content(4)
+    assert rig.times_fetched(layer)[4] == 1
 
 
 @pytest.fixture

@@ -65,6 +65,12 @@ def test_ranges_grow_with_the_rate_within_their_bounds() -> None:
     assert sizes == [MIN_RANGE, pytest.approx(3 * MIB, rel=0.1), 8 * MIB]
 
 
+def test_a_slow_link_has_one_range_at_a_time() -> None:
+    model = link()
+    now = feed(model, 0.0, 5.0, 1 * MIB)
+    assert model.background(now, reader_bytes=0).ranges == 1
+
+
 def test_a_reader_leaves_the_background_nothing_of_a_link_that_it_fills() -> None:
     model = link()
     assert model.background(0.0, reader_bytes=1).ranges == 0, "unknown link: the reader has it alone"
@@ -90,11 +96,22 @@ def test_readers_count_as_active_for_a_moment_after_their_last_transfer() -> Non
     assert model.background(model.quiet_at(), reader_bytes=0).ranges == 2
 
 
+def test_a_burst_that_waited_in_the_socket_is_not_taken_for_the_rate() -> None:
+    model = link()
+    now = 0.0
+    model.started(now)
+    for step in range(1, 13):
+        now += 0.25
+        model.received(now, 8 * MIB if step == 6 else (0 if step == 5 else int(1.25 * MIB)))
+    model.ended(now, reader=False)
+    assert model.rate == pytest.approx(5 * MIB, rel=0.1)
+
+
 def run_full(model: Link, now: float, per_range: float, most: float, samples: int) -> float:
     """Keep all allowed ranges busy on a link where each gives `per_range` and all together `most`."""
     for _ in range(samples):
         width = model.background(now, reader_bytes=0).ranges
-        now = feed(model, now, 0.12, min(width * per_range, most), transfers=width)
+        now = feed(model, now, 0.22, min(width * per_range, most), transfers=width)
     return now
 
 
@@ -118,3 +135,6 @@ def test_read_ahead_has_what_the_link_gives_in_a_moment_less_what_is_under_way()
     assert model.ahead_room(3 * MIN_RANGE) < 0
     feed(model, 0.0, 1.0, 100 * MIB)
     assert model.ahead_room(10 * MIB) == pytest.approx(20 * MIB, rel=0.1)
+    slow = link()
+    feed(slow, 0.0, 5.0, 1 * MIB)
+    assert slow.ahead_room(0) == pytest.approx(0.3 * MIB, rel=0.1)

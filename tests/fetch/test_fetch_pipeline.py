@@ -14,7 +14,7 @@ from snapshotter.fetch.layerstate import ActiveLayer, LayerFiles
 from snapshotter.fetch.pipeline import Outcome
 from snapshotter.layer.spans import SpanState
 from snapshotter.layer.store import LayerStore
-from tests.fetch.rig import Layer, make_layer
+from tests.fetch.rig import Layer, make_layer, put
 
 NOTHING = memoryview(b"")
 NUMBER = 5
@@ -25,15 +25,11 @@ def layer(request: pytest.FixtureRequest) -> Layer:
     return make_layer(compression=request.param)
 
 
-def put(store: LayerStore, layer: Layer) -> LayerStore:
-    store.write_ztoc(layer.digest, layer.ztoc)
-    store.write_tree(layer.digest, lambda fd: Path(f"/proc/self/fd/{fd}").write_bytes(layer.tree))
-    return store
-
-
 @pytest.fixture
 def store(tmp_path: Path, layer: Layer) -> LayerStore:
-    return put(LayerStore(tmp_path), layer)
+    store = LayerStore(tmp_path)
+    put(store, layer)
+    return store
 
 
 def open_files(store: LayerStore, layer: Layer) -> LayerFiles:
@@ -93,7 +89,9 @@ def test_wrong_bytes_are_refused_and_nothing_is_written(files: LayerFiles, layer
 
 def test_a_span_that_cannot_be_inflated_is_kept_compressed(tmp_path: Path) -> None:
     layer = make_layer()
-    files = open_files(put(LayerStore(tmp_path / "other"), layer), layer)
+    store = LayerStore(tmp_path / "other")
+    put(store, layer)
+    files = open_files(store, layer)
     os.truncate(files.paths.ztoc, layer.spans[NUMBER].window_offset)
     compressed = memoryview(layer.compressed(NUMBER))
     outcome = pipeline.store(files, NUMBER, compressed, NOTHING, lambda: SpanState.INFLATED)

@@ -51,7 +51,7 @@ def test_a_server_that_reads_late_gets_everything_in_order() -> None:
         for number in range(count):
             reader.send(wire.Ready(number, number + 1))
         server.setblocking(False)
-        heard = []
+        heard: list[wire.Message] = []
         while len(heard) < count:
             try:
                 heard.append(wire.decode(server.recv(100)))

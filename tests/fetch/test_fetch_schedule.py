@@ -49,6 +49,16 @@ def test_a_batch_for_readers_takes_read_ahead_along_but_no_background() -> None:
     assert take(schedule, Priority.BACKGROUND) == ("a", 2, 5)
 
 
+def test_no_reader_is_put_behind_what_is_read_ahead() -> None:
+    schedule = schedule_of(a=10)
+    for span in (2, 3, 6):
+        schedule.want("a", span, Priority.ON_DEMAND)
+    for span in (4, 5, 7):
+        schedule.want("a", span, Priority.AHEAD)
+    assert take(schedule, Priority.ON_DEMAND) == ("a", 2, 6)
+    assert take(schedule, Priority.ON_DEMAND) == ("a", 6, 8)
+
+
 def test_the_limit_is_kept_but_for_a_single_span() -> None:
     schedule = schedule_of(a=10)
     for span in range(6):
@@ -105,6 +115,7 @@ def test_what_is_discarded_or_of_a_removed_layer_is_not_fetched() -> None:
     schedule.want("b", 0, Priority.ON_DEMAND)
     schedule.discard("a", 1)
     assert schedule.queued(Priority.BACKGROUND) == 2
+    assert schedule.queued_bytes(Priority.BACKGROUND) == 200
     assert take(schedule, Priority.BACKGROUND) == ("a", 0, 1)
     schedule.stop_background("a")
     assert take(schedule, Priority.BACKGROUND) is None

@@ -20,7 +20,7 @@ from snapshotter.layer.spans import SpanState
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.ranges import RangeClient
 from snapshotter.registry.source import BlobSource
-from tests.fetch.rig import Layer, make_layer
+from tests.fetch.rig import Layer, make_layer, put
 from tests.support.process import wait_until
 from tests.support.registry import Registry, Stall, Truncate
 
@@ -53,8 +53,7 @@ def layer() -> Layer:
 @pytest.fixture
 def active(tmp_path: Path, layer: Layer) -> Iterator[ActiveLayer]:
     store = LayerStore(tmp_path)
-    store.write_ztoc(layer.digest, layer.ztoc)
-    store.write_tree(layer.digest, lambda fd: Path(f"/proc/self/fd/{fd}").write_bytes(layer.tree))
+    put(store, layer)
     active = ActiveLayer(LayerFiles.open(store, layer.digest, boot_id="boot", span_max=1 << 30))
     yield active
     active.close()

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import trio
 
 from snapshotter.fetch.workers import WorkerPool
-
-
-def collect(pool: WorkerPool, outcomes: list[object], event: trio.Event, wanted: int) -> object:
-    def done(outcome: object) -> None:
-        outcomes.append(outcome)
-        if len(outcomes) == wanted:
-            event.set()
-
-    return done
 
 
 def test_results_and_errors_come_back_on_the_main_loop() -> None:
@@ -65,7 +57,7 @@ def test_what_is_urgent_overtakes_what_waits() -> None:
 
         pool.submit(2, first, done)
         for name, priority in (("background", 2), ("ahead", 1), ("reader", 0)):
-            pool.submit(priority, lambda name=name: name, done)
+            pool.submit(priority, partial(str, name), done)
         gate.set()
         with trio.fail_after(5):
             await finished.wait()
