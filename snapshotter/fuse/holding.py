@@ -58,16 +58,23 @@ class HolderClient:
             self._disconnect()
 
     def _call(self, message: messages.Message, fds: list[int]) -> dict[str, int]:
+        """Ask the holder; once more when it has died since the last call, for every call can be repeated."""
         with self._lock:
             try:
-                if self._socket is None:
-                    self._connect()
-                assert self._socket is not None
-                messages.send(self._socket, message, fds)
-                return _collect(self._socket)
+                try:
+                    return self._ask(message, fds)
+                except ConnectionError:
+                    self._disconnect()
+                    return self._ask(message, fds)
             except OSError as error:
                 self._disconnect()
                 raise ProcessFailed(f"the holder at {self._path} does not answer: {error}") from error
+
+    def _ask(self, message: messages.Message, fds: list[int]) -> dict[str, int]:
+        self._connect()
+        assert self._socket is not None
+        messages.send(self._socket, message, fds)
+        return _collect(self._socket)
 
     def _connect(self) -> None:
         if self._socket is not None:
@@ -110,7 +117,7 @@ def _try_connect(path: str) -> socket.socket | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         sock.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, ConnectionError):  # there is none, or one that just ends
         sock.close()
         return None
     return sock
@@ -126,6 +133,4 @@ def _start_detached(path: str) -> None:
     )
     environ = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
     with open(os.devnull, "r+b") as null:
-        subprocess.run(
-            [sys.executable, "-c", code, path], check=True, stdin=null, stdout=null, env=environ
-        )
+        subprocess.run([sys.executable, "-c", code, path], check=True, stdin=null, stdout=null, env=environ)
