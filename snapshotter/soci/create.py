@@ -26,7 +26,7 @@ from snapshotter.errors import (
     UnsupportedLayer,
     UsageError,
 )
-from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.media_types import EMPTY_JSON_DIGEST, OCI_MANIFEST, layer_compression
 from snapshotter.soci.artifacts import ArtifactDatabase, IndexRow, ZtocRow
 from snapshotter.soci.content import ArtifactStore, ContentSource
@@ -48,7 +48,7 @@ _ALGORITHMS: Final = {
 }
 
 GC_ROOT: Final = "containerd.io/gc.root"
-_GC_CONTENT: Final = "containerd.io/gc.ref.content"
+GC_CONTENT: Final = "containerd.io/gc.ref.content"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class LayerOutcome:
 
 @dataclass(frozen=True, slots=True)
 class CreatedIndex:
-    """A v1 index that is now in the store, and what became of each layer."""
+    """An index that is now in the store, and what became of each layer."""
 
     index: SociIndex
     layers: tuple[LayerOutcome, ...]
@@ -116,36 +116,57 @@ class IndexBuilder:
         self._stop = threading.Event()
 
     def build(self, image: PlatformImage, root: Digest, *, gc_root: str | None = None) -> CreatedIndex:
-        """Build and store the v1 index of `image`, which is (one platform of) what `root` names.
+        """Build, store and remember the v1 index of `image`, which is (one platform of) what `root` names.
 
         `gc_root`, a time in RFC 3339, protects the index from containerd's garbage collector on its own account.
-        Raises UsageError when no layer can be indexed, DigestMismatch and other CorruptData for a layer that is not
-        what manifest and config say, NotFound for one that is not there.
+        Raises what `make` raises, and UsageError when no layer can be indexed.
+        """
+        created = self.make(image, IndexVersion.V1, gc_root=gc_root)
+        if created is None:
+            raise self.nothing_indexed()
+        self.remember(created.index, image.platform, root, image.descriptor.digest)
+        return created
+
+    def make(
+        self, image: PlatformImage, version: IndexVersion, *, gc_root: str | None = None
+    ) -> CreatedIndex | None:
+        """Build and store an index, or return None when no layer can be indexed.
+
+        Raises DigestMismatch and other CorruptData for a layer that is not what manifest and config say, NotFound
+        for one that is not there.
         """
         outcomes = self._layers(image)
         ztocs = [outcome.ztoc for outcome in outcomes if outcome.ztoc is not None]
         if not ztocs:
-            raise UsageError(
-                "no ztocs created, all layers either skipped or produced errors; "
-                f"layers below {self._options.min_layer_size} bytes are indexed with a lower --min-layer-size"
-            )
-        index = build(IndexVersion.V1, ztocs, build_tool=self._options.build_tool, subject=image.descriptor)
+            return None
+        subject = image.descriptor if version is IndexVersion.V1 else None
+        index = build(version, ztocs, build_tool=self._options.build_tool, subject=subject)
         self._store.write(CONFIG_BLOB)
         self._store.write(index.data, labels=_gc_labels(index, gc_root))
         if not self._complete(outcomes):
-            return self.build(image, root, gc_root=gc_root)
+            return self.make(image, version, gc_root=gc_root)
+        return CreatedIndex(index, outcomes)
+
+    def remember(self, index: SociIndex, platform: Platform, root: Digest, manifest: Digest) -> None:
+        """Enter an index that is stored into the database."""
         self._database.add_index(
             IndexRow(
                 digest=index.digest,
                 image_digest=root,
-                platform=str(image.platform),
+                platform=str(platform),
                 size=len(index.data),
-                manifest_digest=image.descriptor.digest,
+                manifest_digest=manifest,
                 version=index.version,
                 media_type=OCI_MANIFEST,
             )
         )
-        return CreatedIndex(index, outcomes)
+
+    def nothing_indexed(self) -> UsageError:
+        """Return the error for an image of which no layer can be indexed."""
+        return UsageError(
+            "no ztocs created, all layers either skipped or produced errors; "
+            f"layers below {self._options.min_layer_size} bytes are indexed with a lower --min-layer-size"
+        )
 
     def _layers(self, image: PlatformImage) -> tuple[LayerOutcome, ...]:
         """Work on all layers at once, the largest first, and report them in their own order."""
@@ -260,10 +281,10 @@ def _verify(layer: Descriptor, diff_id: Digest, built: BuiltZtoc) -> None:
 
 def _gc_labels(index: SociIndex, gc_root: str | None) -> dict[str, str]:
     """Return what tells containerd's garbage collector which content the index needs."""
-    labels = {f"{_GC_CONTENT}.config": str(EMPTY_JSON_DIGEST)}
+    labels = {f"{GC_CONTENT}.config": str(EMPTY_JSON_DIGEST)}
     entries: Sequence[Digest] = [entry.ztoc for entry in index.ztocs]
     entries = [*entries, *(descriptor.digest for _, descriptor in index.prefetch)]
-    labels |= {f"{_GC_CONTENT}.ztoc.{position}": str(digest) for position, digest in enumerate(entries)}
+    labels |= {f"{GC_CONTENT}.ztoc.{position}": str(digest) for position, digest in enumerate(entries)}
     if gc_root is not None:
         labels[GC_ROOT] = gc_root
     return labels

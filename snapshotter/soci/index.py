@@ -36,6 +36,8 @@ DISABLE_XATTRS: Final = "com.amazon.soci.disable-xattrs"
 BUILD_TOOL: Final = "com.amazon.soci.build-tool-identifier"
 INDEX_DIGEST: Final = "com.amazon.soci.index-digest"
 """On an image manifest: the digest of its v2 index."""
+IMAGE_MANIFEST_DIGEST: Final = "com.amazon.soci.image-manifest-digest"
+"""On a v2 index in a list of manifests: the digest of the image manifest that points to it."""
 
 CONFIG_BLOB: Final = EMPTY_JSON
 """The config of every SOCI index; a registry refuses the index as long as it does not have this blob."""
