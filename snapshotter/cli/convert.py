@@ -10,7 +10,8 @@ from pathlib import Path
 
 from snapshotter.cli.build_options import add_build, create_options, print_layer
 from snapshotter.cli.context import Context
-from snapshotter.cli.options import Commands
+from snapshotter.cli.options import Commands, add_registry, add_remote
+from snapshotter.cli.remote import convert_in_registry
 from snapshotter.errors import NotFound, UsageError
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.media_types import MANIFEST_TYPES
@@ -45,11 +46,17 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
         default=ARCHIVE,
         help="what to write with --standalone (%(default)s)",
     )
+    add_remote(parser)
+    add_registry(parser)
     parser.set_defaults(command=run)
 
 
 def run(context: Context) -> None:
     """Convert an image where it is."""
+    if context.is_remote:
+        target = destination(context.arguments.destination)
+        report(convert_in_registry(context, target, lambda root: wanted_platforms(context, root)))
+        return
     with context.time_limit():
         if context.arguments.standalone:
             _convert_layout(context)

@@ -1,4 +1,4 @@
-"""`soci create IMAGE`: build the SOCI index (v1) of a local image."""
+"""`soci create IMAGE`: build the SOCI index (v1) of an image, a local one or one in a registry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 
 from snapshotter.cli.build_options import add_build, create_options, print_layer
 from snapshotter.cli.context import Context, LocatedImage
-from snapshotter.cli.options import Commands, add_layout
+from snapshotter.cli.options import Commands, add_layout, add_registry, add_remote
+from snapshotter.cli.remote import create_in_registry
 from snapshotter.errors import NotFound
 from snapshotter.oci.descriptor import Platform
 from snapshotter.soci.content import ArtifactStore
@@ -25,6 +26,8 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE")
     add_build(parser)
     add_layout(parser)
+    add_remote(parser)
+    add_registry(parser)
     parser.set_defaults(command=run)
 
 
@@ -32,6 +35,9 @@ def run(context: Context) -> None:
     """Build an index per platform, each stored before the next is begun."""
     arguments = context.arguments
     options = create_options(arguments)
+    if context.is_remote:
+        create_in_registry(context)
+        return
     with context.time_limit():
         image = context.locate(arguments.image)
         for platform_image in image.platforms(context.platforms()):

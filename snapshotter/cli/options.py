@@ -39,3 +39,13 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="take the image from this OCI layout, a directory or tar, and not from containerd",
     )
+
+
+def add_remote(parser: argparse.ArgumentParser) -> None:
+    """--registry."""
+    parser.add_argument(
+        "--registry",
+        action="store_true",
+        help="work on the image in its registry: no containerd, no layer on disk"
+        " (also so where containerd is not installed)",
+    )

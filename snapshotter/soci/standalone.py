@@ -61,12 +61,12 @@ def layout_image(layout: OciLayout, scratch: ArtifactStore, path: Path) -> Descr
     return Descriptor(listing.media_type, scratch.write(data), len(data), names)
 
 
-def reachable(source: ContentSource, root: Descriptor) -> dict[Digest, int]:
-    """Return digest and size of all content of the image `root`, which is in `source`, each after what it names.
+def reachable(source: ContentSource, root: Descriptor) -> dict[Digest, Descriptor]:
+    """Return all content of the image `root`, which is in `source`: each after what it names, its size as stored.
 
     Layers that may stay elsewhere (they have URLs) are left out where they are not there. Raises NotFound.
     """
-    found: dict[Digest, int] = {}
+    found: dict[Digest, Descriptor] = {}
 
     def visit(entry: Descriptor) -> None:
         if entry.digest in found or (entry.urls and not _has(source, entry.digest)):
@@ -79,7 +79,7 @@ def reachable(source: ContentSource, root: Descriptor) -> dict[Digest, int]:
                 children = document.manifests
             for child in children:
                 visit(child)
-        found[entry.digest] = source.size(entry.digest)
+        found[entry.digest] = replace(entry, size=source.size(entry.digest))
 
     visit(root)
     return found
@@ -116,7 +116,9 @@ def check_target(form: str, target: Path) -> None:
             raise UsageError(f"destination {target}: is a directory, but not an OCI layout to be replaced")
 
 
-def _write_directory(target: Path, source: ContentSource, blobs: dict[Digest, int], index: bytes) -> None:
+def _write_directory(
+    target: Path, source: ContentSource, blobs: dict[Digest, Descriptor], index: bytes
+) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         new = scratch / "new"
@@ -135,14 +137,18 @@ def _write_directory(target: Path, source: ContentSource, blobs: dict[Digest, in
         shutil.rmtree(scratch)
 
 
-def _write_archive(target: Path, source: ContentSource, blobs: dict[Digest, int], index: bytes) -> None:
+def _write_archive(
+    target: Path, source: ContentSource, blobs: dict[Digest, Descriptor], index: bytes
+) -> None:
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with open(descriptor, "wb") as file:
             _write_member(file, "oci-layout", len(_LAYOUT), iter([_LAYOUT]))
             _write_member(file, "index.json", len(index), iter([index]))
-            for digest, size in blobs.items():
-                _write_member(file, f"blobs/sha256/{digest_hex(digest)}", size, _verified(source, digest))
+            for digest, entry in blobs.items():
+                _write_member(
+                    file, f"blobs/sha256/{digest_hex(digest)}", entry.size, _verified(source, digest)
+                )
             end = file.tell() + 2 * _BLOCK
             file.write(bytes(2 * _BLOCK + -end % _RECORD))
         umask = os.umask(0)
