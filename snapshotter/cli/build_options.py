@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 
-from snapshotter.cli.options import add_platforms
-from snapshotter.soci.create import DEFAULT_MIN_LAYER_SIZE, CreateOptions, LayerOutcome
+from snapshotter.cli.options import add_json, add_platforms
+from snapshotter.errors import UsageError
+from snapshotter.soci.create import DEFAULT_MIN_LAYER_SIZE, CreateOptions
 from snapshotter.ztoc.build import DEFAULT_BUILD_TOOL, DEFAULT_SPAN_SIZE
 
 
@@ -32,6 +35,27 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="stored in the artifacts, hence part of every digest (%(default)s)",
     )
+    parser.add_argument(
+        "--optimizations",
+        action="append",
+        default=[],
+        choices=("xattr",),
+        help="xattr: say which layers have no extended attributes, so that mounts need not look for them",
+    )
+    parser.add_argument(
+        "--prefetch-file",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a file, directory or glob to fetch first when the image is mounted; may be repeated",
+    )
+    parser.add_argument(
+        "--prefetch-files-json", type=Path, metavar="FILE", help="the same as a JSON array of strings"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="make a layer that cannot be indexed an error, not a line"
+    )
+    add_json(parser)
     add_platforms(parser)
 
 
@@ -42,9 +66,22 @@ def create_options(arguments: argparse.Namespace) -> CreateOptions:
         min_layer_size=arguments.min_layer_size,
         build_tool=arguments.build_tool_identifier,
         force=arguments.force,
+        optimize_xattrs="xattr" in arguments.optimizations,
+        prefetch=(*arguments.prefetch_file, *_listed(arguments.prefetch_files_json)),
+        strict=arguments.strict,
     )
 
 
-def print_layer(outcome: LayerOutcome) -> None:
-    """Print the line of one layer."""
-    print(outcome, flush=True)
+def _listed(path: Path | None) -> list[str]:
+    """Return the strings in the JSON array at `path`. Raises UsageError."""
+    if path is None:
+        return []
+    try:
+        listed = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--prefetch-files-json {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--prefetch-files-json {path}: not JSON: {error}") from None
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise UsageError(f"--prefetch-files-json {path}: not an array of strings")
+    return listed

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import tempfile
 from pathlib import Path
 
-from snapshotter.cli.build_options import add_build, create_options, print_layer
+from snapshotter.cli.build_options import add_build, create_options
+from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context
 from snapshotter.cli.options import Commands, add_registry, add_remote
 from snapshotter.cli.remote import convert_in_registry
@@ -53,15 +55,17 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
 
 def run(context: Context) -> None:
     """Convert an image where it is."""
-    if context.is_remote:
-        target = destination(context.arguments.destination)
-        report(convert_in_registry(context, target, lambda root: wanted_platforms(context, root)))
-        return
-    with context.time_limit():
-        if context.arguments.standalone:
-            _convert_layout(context)
-        else:
-            _convert_in_containerd(context)
+    with BuildReport(context.arguments) as report:
+        if context.is_remote:
+            target = destination(context.arguments.destination)
+            wanted = functools.partial(wanted_platforms, context)
+            _say(report, convert_in_registry(context, target, wanted, report))
+            return
+        with context.time_limit():
+            if context.arguments.standalone:
+                _convert_layout(context, report)
+            else:
+                _convert_in_containerd(context, report)
 
 
 def destination(text: str) -> Reference:
@@ -81,14 +85,17 @@ def wanted_platforms(context: Context, root: Descriptor) -> list[Platform] | Non
     return context.platforms()
 
 
-def report(converted: ConvertedImage) -> None:
-    """Print what became of the image."""
+def _say(report: BuildReport, converted: ConvertedImage) -> None:
+    """Say what became of the image."""
+    for one in converted.platforms:
+        report.index(one.platform, one.created)
     for platform in converted.skipped:
-        print(f"platform {platform} has no layer that can be indexed: left as it is")
-    print(f"converted image {converted.root.digest}", flush=True)
+        report.line(f"platform {platform} has no layer that can be indexed: left as it is")
+    skipped = [str(platform) for platform in converted.skipped]
+    report.line(f"converted image {converted.root.digest}", image=converted.root.digest, skipped=skipped)
 
 
-def _convert_in_containerd(context: Context) -> None:
+def _convert_in_containerd(context: Context, report: BuildReport) -> None:
     arguments = context.arguments
     options = create_options(arguments)
     target = str(destination(arguments.destination))
@@ -98,7 +105,9 @@ def _convert_in_containerd(context: Context) -> None:
         # The image needs its indices beside it wherever else artifacts are kept.
         if not context.keeps_in_containerd:
             store = Tee(leased.content, context.layout_store)
-        builder = IndexBuilder(image.source, store, context.database, options, report=print_layer)
+        builder = IndexBuilder(
+            image.source, store, context.database, options, report=report.layer, progress=report.progress
+        )
         try:
             converted = convert(
                 image.source, store, builder, image.root, wanted_platforms(context, image.root), image.name
@@ -106,10 +115,10 @@ def _convert_in_containerd(context: Context) -> None:
         except NotFound as error:
             raise image.incomplete(error) from error
         leased.images.put(target, converted.root)
-    report(converted)
+    _say(report, converted)
 
 
-def _convert_layout(context: Context) -> None:
+def _convert_layout(context: Context, report: BuildReport) -> None:
     arguments = context.arguments
     options = create_options(arguments)
     source_path, target = Path(arguments.source), Path(os.path.abspath(arguments.destination))
@@ -123,14 +132,17 @@ def _convert_layout(context: Context) -> None:
         source = Overlay(store, layout)
         try:
             root = layout_image(layout, store, source_path)
-            builder = IndexBuilder(source, store, ArtifactDatabase(work), options, report=print_layer)
+            database = ArtifactDatabase(work)
+            builder = IndexBuilder(
+                source, store, database, options, report=report.layer, progress=report.progress
+            )
             converted = convert(
                 source, store, builder, root, wanted_platforms(context, root), str(source_path)
             )
             write_layout(arguments.format, target, source, _named(converted.root, layout))
         except NotFound as error:
             raise UsageError(f"OCI layout {source_path}: {error}") from error
-    report(converted)
+    _say(report, converted)
 
 
 def _named(root: Descriptor, layout: OciLayout) -> Descriptor:

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import time
 
-from snapshotter.cli.build_options import add_build, create_options, print_layer
+from snapshotter.cli.build_options import add_build, create_options
+from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context, LocatedImage
 from snapshotter.cli.options import Commands, add_layout, add_registry, add_remote
 from snapshotter.cli.remote import create_in_registry
@@ -35,24 +36,32 @@ def run(context: Context) -> None:
     """Build an index per platform, each stored before the next is begun."""
     arguments = context.arguments
     options = create_options(arguments)
-    if context.is_remote:
-        create_in_registry(context)
-        return
-    with context.time_limit():
-        image = context.locate(arguments.image)
-        for platform_image in image.platforms(context.platforms()):
-            create(context, image, platform_image, options)
+    with BuildReport(arguments) as report:
+        if context.is_remote:
+            create_in_registry(context, report)
+            return
+        with context.time_limit():
+            image = context.locate(arguments.image)
+            for platform_image in image.platforms(context.platforms()):
+                created = create(context, image, platform_image, options, report)
+                report.index(platform_image.platform, created)
 
 
 def create(
-    context: Context, image: LocatedImage, platform_image: PlatformImage, options: CreateOptions
+    context: Context,
+    image: LocatedImage,
+    platform_image: PlatformImage,
+    options: CreateOptions,
+    report: BuildReport,
 ) -> CreatedIndex:
-    """Build and store one index, and tie its life in containerd to the image's. Prints a line per layer."""
+    """Build and store one index, and tie its life in containerd to the image's."""
     with contextlib.ExitStack() as stack:
         store: ArtifactStore = context.layout_store
         if context.keeps_in_containerd:
             store = stack.enter_context(context.containerd.lease()).content
-        builder = IndexBuilder(image.source, store, context.database, options, report=print_layer)
+        builder = IndexBuilder(
+            image.source, store, context.database, options, report=report.layer, progress=report.progress
+        )
         try:
             created = builder.build(
                 platform_image, image.root.digest, gc_root=None if image.in_containerd else _now()

@@ -29,6 +29,16 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
         "--user", "-u", metavar="NAME[:PASSWORD]", help="credentials (those of docker's config.json)"
     )
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry, not HTTPS")
+    # What the field's tools declare and do not use; their callers pass it. Certificates are always verified.
+    for names in (["--skip-verify", "-k"], ["--refresh"], ["--http-dump"], ["--http-trace"]):
+        parser.add_argument(*names, action="store_true", help=argparse.SUPPRESS)
+    for name in ("--hosts-dir", "--tlscacert", "--tlscert", "--tlskey"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import trio
 
-from snapshotter.cli.build_options import create_options, print_layer
+from snapshotter.cli.build_options import create_options
+from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context
 from snapshotter.cli.push import Publication, Push
 from snapshotter.cli.remotecontent import RegistryContent
@@ -50,17 +51,18 @@ async def _in_thread(work: Callable[[], T]) -> T:
     return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
-def create_in_registry(context: Context) -> None:
+def create_in_registry(context: Context, report: BuildReport) -> None:
     """Build the indices of an image and push them beside it."""
     reference = Reference.parse(context.arguments.image)
     platforms = context.platforms()
 
     async def create() -> None:
-        async with _open(context, reference) as work:
+        async with _open(context, reference, report) as work:
             # First of all: whoever may not push is told so before an hour of work.
             await work.registry.push_blob(reference, CONFIG_BLOB)
-            publications = await _in_thread(lambda: _build(work, platforms, str(reference)))
-            push = Push(work.registry, work.store, reference, existing="allow")
+            publications = await _in_thread(lambda: _build(work, platforms, str(reference), report))
+            report.progress.close()
+            push = Push(work.registry, work.store, reference, existing="allow", silent=report.is_json)
             for publication in publications:
                 await push.publish(publication)
 
@@ -71,12 +73,13 @@ def convert_in_registry(
     context: Context,
     destination: Reference,
     wanted: Callable[[Descriptor], list[Platform] | None],
+    report: BuildReport,
 ) -> ConvertedImage:
     """Convert an image into another one, of the same registry or not, and push that."""
     reference = Reference.parse(context.arguments.source)
 
     async def run() -> ConvertedImage:
-        async with _open(context, reference) as work, context.registry(destination) as registry:
+        async with _open(context, reference, report) as work, context.registry(destination) as registry:
             await registry.push_blob(destination, CONFIG_BLOB)
             target = Destination(registry, destination, work.content, reference)
             work.content.sink = target.sink
@@ -95,7 +98,7 @@ def convert_in_registry(
 
 
 @contextlib.asynccontextmanager
-async def _open(context: Context, reference: Reference) -> AsyncIterator[_Work]:
+async def _open(context: Context, reference: Reference, report: BuildReport) -> AsyncIterator[_Work]:
     options = create_options(context.arguments)
     async with context.registry(reference) as registry:
         root = await registry.resolve(reference)
@@ -107,10 +110,18 @@ async def _open(context: Context, reference: Reference) -> AsyncIterator[_Work]:
         ):
             store = LayoutStore(Path(directory) / "content")
             database = ArtifactDatabase(Path(directory))
-            builder = IndexBuilder(content, store, database, options, report=print_layer)
+            builder = IndexBuilder(
+                content, store, database, options, report=report.layer, progress=report.progress
+            )
             yield _Work(registry, root, content, store, builder)
 
 
-def _build(work: _Work, platforms: list[Platform] | None, name: str) -> list[Publication]:
-    images = find_images(work.content, work.root, platforms, name)
-    return [Publication(image, work.builder.build(image, work.root.digest).index) for image in images]
+def _build(
+    work: _Work, platforms: list[Platform] | None, name: str, report: BuildReport
+) -> list[Publication]:
+    publications = []
+    for image in find_images(work.content, work.root, platforms, name):
+        created = work.builder.build(image, work.root.digest)
+        report.index(image.platform, created)
+        publications.append(Publication(image, created.index))
+    return publications

@@ -22,9 +22,8 @@ from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.upload import BlobUpload
 from snapshotter.soci.content import ContentSource, read_verified
+from snapshotter.soci.create import MAX_ZTOC_SIZE
 
-MAX_ARTIFACT_SIZE = 2 << 30
-"""Bytes of a zTOC, which travels in one request: far beyond any real one, below what memory holds."""
 CONCURRENCY = 3
 
 
@@ -88,7 +87,7 @@ class Destination:
 
     def _read(self, entry: Descriptor, artifacts: ContentSource) -> bytes:
         source = artifacts if _has(artifacts, entry) else self._content
-        return read_verified(source, entry.digest, limit=MAX_ARTIFACT_SIZE)
+        return read_verified(source, entry.digest, limit=MAX_ZTOC_SIZE)
 
     async def _is_there(self, entry: Descriptor) -> bool:
         """Say whether the repository has a blob, after having it mounted where that is possible."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands
+from snapshotter.cli.options import Commands, add_json
 from snapshotter.cli.output import print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.soci.artifacts import ZtocRow
 from snapshotter.soci.content import ContentSource, read_verified
+from snapshotter.soci.create import MAX_ZTOC_SIZE
 from snapshotter.soci.extract import find_file, read_file
 from snapshotter.soci.index import parse as parse_index
 from snapshotter.units import Digest
@@ -22,7 +24,6 @@ from snapshotter.ztoc.parse import parse
 from snapshotter.ztoc.spans import covering, spans_of
 
 _HEADER = ("DIGEST", "SIZE", "LAYER DIGEST")
-_MAX_ZTOC_SIZE = 2 << 30
 
 
 def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.add_argument("--ztoc-digest", metavar="DIGEST", help="only this zTOC")
     listing.add_argument("--image-ref", metavar="IMAGE", help="only zTOCs of this image")
     listing.add_argument("--quiet", "-q", action="store_true", help="print only digests")
+    add_json(listing)
     listing.set_defaults(command=run_list)
     info = group.add_parser("info", parents=[shared], help="print what a zTOC holds, as JSON")
     info.add_argument("digest", metavar="DIGEST")
@@ -60,6 +62,8 @@ def run_list(context: Context) -> None:
     if arguments.quiet:
         for row in rows:
             print(row.digest)
+    elif arguments.json:
+        print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_table(_HEADER, [(row.digest, row.size, row.layer_digest) for row in rows])
 
@@ -96,7 +100,7 @@ def _load(context: Context) -> tuple[ZtocRow, bytes, Ztoc]:
         if context.database.indices(digest=digest):
             raise UsageError(f"{digest} is a SOCI index and not a zTOC: see `soci index info`")
         raise UsageError(f"zTOC {digest}: not known here; `soci ztoc ls` lists those that are")
-    data = read_verified(context.artifacts, digest, limit=_MAX_ZTOC_SIZE)
+    data = read_verified(context.artifacts, digest, limit=MAX_ZTOC_SIZE)
     return rows[0], data, parse(data)
 
 

@@ -15,8 +15,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple, Protocol
 
 from snapshotter.errors import (
     CorruptData,
@@ -28,17 +28,22 @@ from snapshotter.errors import (
 )
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.media_types import EMPTY_JSON_DIGEST, OCI_MANIFEST, layer_compression
-from snapshotter.soci.artifacts import ArtifactDatabase, IndexRow, ZtocRow
-from snapshotter.soci.content import ArtifactStore, ContentSource
+from snapshotter.soci.artifacts import ArtifactDatabase, IndexRow, PrefetchRow, ZtocRow
+from snapshotter.soci.content import ArtifactStore, ContentSource, read_verified
 from snapshotter.soci.index import CONFIG_BLOB, IndexVersion, LayerZtoc, SociIndex, build
 from snapshotter.soci.platforms import PlatformImage
+from snapshotter.soci.prefetch import Plan, plan
 from snapshotter.units import Digest
 from snapshotter.ztoc.build import DEFAULT_BUILD_TOOL, DEFAULT_SPAN_SIZE, BuiltZtoc
 from snapshotter.ztoc.build import build as build_ztoc
-from snapshotter.ztoc.model import Algorithm
+from snapshotter.ztoc.model import Algorithm, Ztoc, xattrs
+from snapshotter.ztoc.parse import parse as parse_ztoc
 
 DEFAULT_MIN_LAYER_SIZE: Final = 10 << 20
 """Smaller layers are not indexed: fetching one whole costs about as much as fetching its zTOC and a span."""
+
+MAX_ZTOC_SIZE: Final = 2 << 30
+"""Bytes of a zTOC: far beyond any real one, below what memory holds."""
 
 _ALGORITHMS: Final = {
     "gzip": Algorithm.GZIP,
@@ -61,6 +66,12 @@ class CreateOptions:
     """Part of every zTOC and of the index, hence of every digest."""
     force: bool = False
     """Build zTOCs anew although the store has them."""
+    optimize_xattrs: bool = False
+    """Say in the index which layers have no extended attributes at all, so that mounts need not look."""
+    prefetch: tuple[str, ...] = ()
+    """Files to fetch first: paths, globs, directories."""
+    strict: bool = False
+    """Whether a layer that cannot be indexed, or a prefetch pattern without a file, is an error."""
     workers: int = os.cpu_count() or 1
 
     def __post_init__(self) -> None:
@@ -78,6 +89,8 @@ class LayerOutcome:
     ztoc: LayerZtoc | None = None
     reused: bool = False
     skipped: str = ""
+    small: bool = False
+    """Whether it was skipped because the options say so, and not because it cannot be indexed."""
 
     def __str__(self) -> str:
         if self.ztoc is None:
@@ -93,6 +106,28 @@ class CreatedIndex:
 
     index: SociIndex
     layers: tuple[LayerOutcome, ...]
+    unmatched: tuple[str, ...] = ()
+    """Prefetch patterns that name no file of an indexed layer."""
+
+
+class Progress(Protocol):
+    """Who wants to know how far a build is; workers call `advance` and `end`."""
+
+    def begin(self, layers: Sequence[Descriptor]) -> None:
+        """These layers will be read, or found not to need it."""
+
+    def advance(self, layer: Descriptor, size: int) -> None:
+        """`size` more bytes of a layer were read."""
+
+    def end(self, layer: Descriptor) -> None:
+        """A layer is finished, however much of it was read."""
+
+
+class _Extras(NamedTuple):
+    """What an index says beyond which zTOC belongs to which layer."""
+
+    ztocs: Sequence[LayerZtoc]
+    plan: Plan
 
 
 class IndexBuilder:
@@ -106,6 +141,7 @@ class IndexBuilder:
         options: CreateOptions,
         *,
         report: Callable[[LayerOutcome], None] = lambda _: None,
+        progress: Progress | None = None,
     ) -> None:
         self._source = source
         self._store = store
@@ -113,6 +149,7 @@ class IndexBuilder:
         self._options = options
         self._report = report
         """Called in the order of the layers, in the caller's thread."""
+        self._progress = progress
         self._stop = threading.Event()
 
     def build(self, image: PlatformImage, root: Digest, *, gc_root: str | None = None) -> CreatedIndex:
@@ -139,13 +176,40 @@ class IndexBuilder:
         ztocs = [outcome.ztoc for outcome in outcomes if outcome.ztoc is not None]
         if not ztocs:
             return None
-        subject = image.descriptor if version is IndexVersion.V1 else None
-        index = build(version, ztocs, build_tool=self._options.build_tool, subject=subject)
+        extras = self._extras(ztocs)
+        index = build(
+            version,
+            extras.ztocs,
+            build_tool=self._options.build_tool,
+            subject=image.descriptor if version is IndexVersion.V1 else None,
+            prefetch=[one.descriptor for one in extras.plan.artifacts],
+        )
         self._store.write(CONFIG_BLOB)
         self._store.write(index.data, labels=_gc_labels(index, gc_root))
         if not self._complete(outcomes):
             return self.make(image, version, gc_root=gc_root)
-        return CreatedIndex(index, outcomes)
+        return CreatedIndex(index, outcomes, extras.plan.unmatched)
+
+    def _extras(self, ztocs: Sequence[LayerZtoc]) -> _Extras:
+        """Return what an index says beyond its zTOCs, as far as it was asked for; prefetch artifacts are stored."""
+        if not self._options.optimize_xattrs and not self._options.prefetch:
+            return _Extras(ztocs, Plan((), ()))
+        parsed = [(entry.layer, parse_ztoc(self._read_ztoc(entry))) for entry in ztocs]
+        if self._options.optimize_xattrs:
+            ztocs = [
+                replace(entry, disable_xattrs=not _needs_xattrs(ztoc))
+                for entry, (_, ztoc) in zip(ztocs, parsed, strict=True)
+            ]
+        found = plan(parsed, self._options.prefetch)
+        if found.unmatched and self._options.strict:
+            raise UsageError(f"prefetch {found.unmatched[0]}: no such file in an indexed layer (--strict)")
+        for one in found.artifacts:
+            digest = self._store.write(one.data)
+            self._database.add_prefetch(PrefetchRow(digest, len(one.data), one.layer))
+        return _Extras(ztocs, found)
+
+    def _read_ztoc(self, entry: LayerZtoc) -> bytes:
+        return read_verified(self._store, entry.ztoc, limit=MAX_ZTOC_SIZE)
 
     def remember(self, index: SociIndex, platform: Platform, root: Digest, manifest: Digest) -> None:
         """Enter an index that is stored into the database."""
@@ -172,6 +236,8 @@ class IndexBuilder:
         """Work on all layers at once, the largest first, and report them in their own order."""
         layers = list(zip(image.manifest.layers, image.config.diff_ids, strict=True))
         unique = {layer.digest: (layer, diff_id) for layer, diff_id in layers}
+        if self._progress is not None:
+            self._progress.begin([layer for layer, _ in unique.values()])
         pool = ThreadPoolExecutor(self._options.workers, thread_name_prefix="layer")
         self._stop.clear()
         try:
@@ -190,22 +256,33 @@ class IndexBuilder:
 
     def _layer(self, layer: Descriptor, diff_id: Digest) -> LayerOutcome:
         """Return the outcome for one layer; runs in a worker."""
+        try:
+            return self._outcome(layer, diff_id)
+        finally:
+            if self._progress is not None:
+                self._progress.end(layer)
+
+    def _outcome(self, layer: Descriptor, diff_id: Digest) -> LayerOutcome:
         options = self._options
         if layer.size < options.min_layer_size:
             return LayerOutcome(
-                layer, skipped=f"size {layer.size} is less than min-layer-size {options.min_layer_size}"
+                layer,
+                skipped=f"size {layer.size} is less than min-layer-size {options.min_layer_size}",
+                small=True,
             )
         try:
             compression = layer_compression(layer.media_type)
             if compression not in _ALGORITHMS:
-                return LayerOutcome(
-                    layer, skipped=f"is compressed with {compression}, which cannot be indexed"
-                )
+                raise UnsupportedLayer(f"compressed with {compression}")
             known = None if options.force else self._known(layer)
             if known is not None:
                 return LayerOutcome(layer, known, reused=True)
             return LayerOutcome(layer, self._build(layer, diff_id, _ALGORITHMS[compression]))
         except UnsupportedLayer as error:
+            if options.strict:
+                raise UnsupportedLayer(
+                    f"layer {layer.digest}: cannot be indexed: {error} (--strict)"
+                ) from error
             return LayerOutcome(layer, skipped=f"cannot be indexed: {error}")
 
     def _complete(self, outcomes: Sequence[LayerOutcome]) -> bool:
@@ -236,7 +313,7 @@ class IndexBuilder:
     def _build(self, layer: Descriptor, diff_id: Digest, algorithm: Algorithm) -> LayerZtoc:
         try:
             built = build_ztoc(
-                self._input(layer.digest),
+                self._input(layer),
                 algorithm=algorithm,
                 span_size=self._options.span_size,
                 build_tool=self._options.build_tool,
@@ -259,10 +336,12 @@ class IndexBuilder:
     def _entry(self, layer: Descriptor, ztoc: Digest, size: int) -> LayerZtoc:
         return LayerZtoc(layer.digest, layer.media_type, ztoc, size, self._options.span_size)
 
-    def _input(self, layer: Digest) -> Iterator[bytes]:
-        for chunk in self._source.chunks(layer):
+    def _input(self, layer: Descriptor) -> Iterator[bytes]:
+        for chunk in self._source.chunks(layer.digest):
             if self._stop.is_set():
-                raise SnapshotterError(f"layer {layer}: interrupted")
+                raise SnapshotterError(f"layer {layer.digest}: interrupted")
+            if self._progress is not None:
+                self._progress.advance(layer, len(chunk))
             yield chunk
 
 
@@ -277,6 +356,11 @@ def _verify(layer: Descriptor, diff_id: Digest, built: BuiltZtoc) -> None:
             f"layer {layer.digest}: uncompressed it has digest {built.diff_id}, "
             f"but the image's config says {diff_id}"
         )
+
+
+def _needs_xattrs(ztoc: Ztoc) -> bool:
+    """Say whether a layer has extended attributes, or opaque directories, which mounts show as such."""
+    return any(entry.name.endswith(b".wh..wh..opq") or xattrs(entry) for entry in ztoc.entries)
 
 
 def _gc_labels(index: SociIndex, gc_root: str | None) -> dict[str, str]:

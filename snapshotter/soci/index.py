@@ -125,12 +125,13 @@ def build(
     *,
     build_tool: str,
     subject: Descriptor | None = None,
+    prefetch: Sequence[Descriptor] = (),
 ) -> SociIndex:
-    """Return the index that lists `ztocs`, which are in the order of the image's layers.
+    """Return the index that lists `ztocs` and prefetch artifacts, which are in the order of the image's layers.
 
     `subject` is the image manifest of a v1 index; only its media type, digest and size go in.
     """
-    layers = [entry.descriptor().to_json() for entry in ztocs]
+    layers = [entry.to_json() for entry in (*(one.descriptor() for one in ztocs), *prefetch)]
     obj: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,

@@ -188,3 +188,25 @@ def test_what_can_be_wrong(soci: Soci, containerd: Containerd, pulled: str) -> N
     )
     assert "it has linux/amd64" in soci.fails("convert", *ALL, "-p", "linux/s390x", pulled, NEW)
     assert [one.name for one in containerd.images.list()] == [pulled]
+
+
+def test_the_database_can_be_made_again(soci: Soci, pulled: str) -> None:
+    soci("convert", *ALL, pulled, "registry.example/new:1")
+    soci("create", *ALL, "--prefetch-file", "*", pulled)
+    database = ArtifactDatabase(soci.root)
+
+    def state() -> tuple[object, ...]:
+        indices = {
+            (row.digest, row.image_digest, row.manifest_digest, row.platform) for row in database.indices()
+        }
+        ztocs = {(row.digest, row.layer_digest, row.span_size, row.build_tool) for row in database.ztocs()}
+        return indices, ztocs, {(row.digest, row.layer_digest) for row in database.prefetches()}
+
+    before = state()
+    assert [len(one) for one in before] == [2, 2, 2]  # type: ignore[arg-type]
+    assert soci("rebuild-db").out == ""
+    (soci.root / "artifacts.sqlite").unlink()
+    assert len(soci("rebuild-db").out.splitlines()) == 6
+    assert state() == before
+    soci("--content-store", "soci", "rebuild_db", "--json")
+    assert state() == (set(), set(), set())

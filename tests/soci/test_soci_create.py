@@ -131,7 +131,7 @@ def test_what_cannot_be_indexed_is_left_out_with_a_reason(tmp_path: Path) -> Non
     created = workshop.build()
     assert len(created.index.ztocs) == 1
     zstd, _, encrypted = (str(outcome) for outcome in workshop.reported)
-    assert zstd.endswith("is compressed with zstd, which cannot be indexed")
+    assert zstd.endswith("cannot be indexed: compressed with zstd")
     assert "cannot be indexed" in encrypted
     assert "encrypted" in encrypted
 
