@@ -1,4 +1,4 @@
-"""`soci index ls|info|rm`: the SOCI indices that were made here."""
+"""`soci index ls|info|verify|rm`: the SOCI indices that were made here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import json
 from typing import Any
 
+from snapshotter.cli import verify
 from snapshotter.cli.context import Context, digest_argument
 from snapshotter.cli.options import Commands, add_json
 from snapshotter.cli.output import age, print_json, print_table
@@ -41,6 +42,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     info = group.add_parser("info", parents=[shared], help="print an index")
     info.add_argument("digest", metavar="DIGEST")
     info.set_defaults(command=run_info)
+    verify.add_command(group, shared)
     remove = group.add_parser("remove", aliases=["rm"], parents=[shared], help="remove indices")
     remove.add_argument("digests", nargs="*", metavar="DIGEST")
     remove.add_argument("--ref", metavar="IMAGE", help="remove all indices of this image")
