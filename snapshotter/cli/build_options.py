@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from snapshotter.cli.options import add_json, add_platforms
+from snapshotter.cli.options import Several, add_json, add_platforms
 from snapshotter.errors import UsageError
 from snapshotter.soci.create import DEFAULT_MIN_LAYER_SIZE, CreateOptions
 from snapshotter.ztoc.build import DEFAULT_BUILD_TOOL, DEFAULT_SPAN_SIZE
@@ -37,9 +37,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--optimizations",
-        action="append",
+        action=Several,
         default=[],
-        choices=("xattr",),
+        metavar="NAME",
         help="xattr: say which layers have no extended attributes, so that mounts need not look for them",
     )
     parser.add_argument(
@@ -61,6 +61,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 def create_options(arguments: argparse.Namespace) -> CreateOptions:
     """Return what the options say. Raises UsageError."""
+    for name in arguments.optimizations:
+        if name != "xattr":
+            raise UsageError(f"--optimizations {name}: there is xattr")
     return CreateOptions(
         span_size=arguments.span_size,
         min_layer_size=arguments.min_layer_size,

@@ -10,7 +10,7 @@ from typing import Any
 
 from snapshotter.cli import verify
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands, add_json
+from snapshotter.cli.options import Commands, Several, add_json
 from snapshotter.cli.output import age, print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.oci.platform import matches, parse_platform
@@ -32,7 +32,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "--platform",
         "-p",
-        action="append",
+        action=Several,
         default=[],
         metavar="OS/ARCH",
         help="only indices of this platform",

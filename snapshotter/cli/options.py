@@ -10,12 +10,27 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # n
 """What `add_parser` of a command is given to add itself to; argparse has no public name for it."""
 
 
+class Several(argparse.Action):
+    """An option that may be repeated, and may hold several values separated by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Add the values to those there are."""
+        before: list[str] = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*before, *str(values).split(",")])
+
+
 def add_platforms(parser: argparse.ArgumentParser) -> None:
     """--platform and --all-platforms."""
     parser.add_argument(
         "--platform",
         "-p",
-        action="append",
+        action=Several,
         default=[],
         metavar="OS/ARCH",
         help="a platform to work on, may be repeated (this host's)",
