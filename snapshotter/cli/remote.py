@@ -20,6 +20,7 @@ from snapshotter.cli.context import Context
 from snapshotter.cli.push import Publication, Push
 from snapshotter.cli.remotecontent import RegistryContent
 from snapshotter.cli.transfer import Destination
+from snapshotter.fetch.memory import use_one_heap
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
@@ -100,6 +101,8 @@ def convert_in_registry(
 @contextlib.asynccontextmanager
 async def _open(context: Context, reference: Reference, report: BuildReport) -> AsyncIterator[_Work]:
     options = create_options(context.arguments)
+    # Ranges come and go in many threads; a heap for each would keep some of them for ever.
+    use_one_heap()
     async with context.registry(reference) as registry:
         root = await registry.resolve(reference)
         content = RegistryContent(registry, reference, root)

@@ -24,7 +24,7 @@ from snapshotter.oci.manifest import ImageManifest, parse
 from snapshotter.oci.media_types import INDEX_TYPES, MANIFEST_TYPES
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
-from snapshotter.soci.content import MAX_DOCUMENT_SIZE
+from snapshotter.soci.content import CHUNK_SIZE, MAX_DOCUMENT_SIZE
 from snapshotter.units import Digest
 
 RANGE: Final = 8 << 20
@@ -90,16 +90,18 @@ class RegistryContent:
         """Yield a whole layer in pieces, not verified. Raises NotFound, RegistryError."""
         layer = self._entry(digest)
         sink = self.sink(layer)
-        if sink is None:
-            yield from map(bytes, self.pieces(layer))
-            return
         try:
             for piece in self.pieces(layer):
-                sink.write(piece)
-                yield bytes(piece)
-            sink.commit()
+                if sink is not None:
+                    sink.write(piece)
+                view = memoryview(piece)
+                for start in range(0, len(view), CHUNK_SIZE):
+                    yield bytes(view[start : start + CHUNK_SIZE])
+            if sink is not None:
+                sink.commit()
         except BaseException:
-            sink.abort()
+            if sink is not None:
+                sink.abort()
             raise
 
     def pieces(self, layer: Descriptor) -> Iterator[Piece]:
