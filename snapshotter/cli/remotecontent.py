@@ -53,6 +53,7 @@ class RegistryContent:
 
     def __init__(self, registry: RegistryClient, reference: Reference, root: Descriptor) -> None:
         """`registry` must live longer. To be made in the trio run that it belongs to."""
+        self.root = root
         self._registry = registry
         self._reference = reference
         self._token = trio.lowlevel.current_trio_token()
@@ -68,6 +69,10 @@ class RegistryContent:
         """Make every reader end, with an error, and drop the connections."""
         self._stopped.set()
         self._ranges.close()
+
+    def add(self, entry: Descriptor) -> None:
+        """Let what `entry` describes, a manifest beside the image, be content of it."""
+        self._known.setdefault(entry.digest, entry)
 
     def size(self, digest: Digest) -> int:
         """Return the number of bytes. Raises NotFound for what no document of the image names."""

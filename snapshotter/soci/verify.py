@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from snapshotter.errors import CorruptData, NotFound, SnapshotterError, UnsupportedLayer
+from snapshotter.errors import CorruptData, NotFound, RegistryError, SnapshotterError, UnsupportedLayer
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.soci.compare import entry_differences
 from snapshotter.soci.content import ContentSource, read_verified
@@ -91,7 +91,7 @@ def _verify_layer(
     try:
         data = read_verified(artifacts, entry.ztoc, limit=MAX_ZTOC_SIZE)
         ztoc = parse_ztoc(data)
-    except (NotFound, CorruptData) as error:
+    except (NotFound, CorruptData, RegistryError) as error:
         yield f"zTOC {entry.ztoc}: {error}"
         return
     spans[entry.layer] = len(spans_of(ztoc))
@@ -108,7 +108,7 @@ def _verify_layer(
             span_size=DEFAULT_SPAN_SIZE if entry.span_size is None else entry.span_size,
             build_tool=ztoc.build_tool,
         )
-    except (NotFound, CorruptData, UnsupportedLayer) as error:
+    except (NotFound, CorruptData, UnsupportedLayer, RegistryError) as error:
         yield str(error)
         yield from _verify_digests(ztoc, layer.digest, layers)
         return
@@ -132,7 +132,7 @@ def _verify_digests(ztoc: Ztoc, layer: Digest, layers: ContentSource) -> Iterato
     for span in spans_of(ztoc):
         try:
             found = sha256_digest(layers.read_range(layer, span.compressed_start, span.compressed_end))
-        except (NotFound, CorruptData) as error:
+        except (NotFound, CorruptData, RegistryError) as error:
             yield f"span {span.id}: {error}"
             return
         if found != span.digest:
@@ -158,5 +158,5 @@ def _verify_spans(
                 window=window,
                 length=span.uncompressed_end - span.uncompressed_start,
             )
-        except (NotFound, CorruptData) as error:
+        except (NotFound, CorruptData, RegistryError) as error:
             yield f"span {span.id}: {error}"

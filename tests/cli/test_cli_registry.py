@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +26,7 @@ from tests.cli.conftest import Soci
 from tests.soci.images import multi_platform
 from tests.support.dockerregistry import Credentials, DockerRegistry
 from tests.support.images import Image, ImageBuilder, layer
-from tests.support.registry import Drop, FlipByte, IgnoreRange, Registry, Status
+from tests.support.registry import Drop, FlipByte, IgnoreRange, Registry, Stall, Status
 
 REMOTE = ("--registry", "--min-layer-size", "0")
 LARGE = 20 << 20
@@ -200,6 +204,50 @@ def test_a_registry_without_ranges_is_read_from_one_connection(soci: Soci) -> No
         registry.fault(IgnoreRange(path=image.layers[0].digest, count=-1))
         soci("create", *REMOTE, image.name)
         assert len(referrers(image.name, image.digest)) == 1
+
+
+def test_an_image_is_verified_where_it_is(soci: Soci) -> None:
+    with Registry() as registry:
+        data = layer({"a": os.urandom(1000)}).content
+        assert isinstance(data, bytes)
+        image = registry.add_image([data])
+        verify = ("index", "verify", "--registry", "--json")
+        assert "no SOCI index" in soci.fails(*verify, image.name)
+        soci("create", *REMOTE, image.name)
+        soci("convert", *REMOTE, image.name, registry.reference("app", "v2"))
+        for name in (image.name, registry.reference("app", "v2")):
+            (verdict,) = json.loads(soci(*verify, name).out)
+            assert verdict["ok"]
+        (entry,) = referrers(image.name, image.digest)
+        ztoc = json.loads(registry.manifest("app", entry.digest))["layers"][0]["digest"]
+        registry.delete_blob("app", ztoc)
+        outcome = soci("index", "verify", "--registry", image.name, code=1)
+        assert f"zTOC {ztoc}" in outcome.out
+
+
+def test_an_interrupt_ends_it_at_once_and_leaves_nothing(soci: Soci, tmp_path: Path) -> None:
+    with Registry() as here, Registry() as there:
+        data = layer({"a": os.urandom(1000)}).content
+        assert isinstance(data, bytes)
+        image = here.add_image([data])
+        stall = here.fault(Stall(path=image.layers[0].digest, skip=1, count=-1))
+        command = [sys.executable, "-m", "snapshotter.cli.main", "--root", str(soci.root), "convert", *REMOTE]
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        process = subprocess.Popen(
+            [*command, image.name, str(there.reference("copy", "v2"))],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        end = time.monotonic() + 20
+        while not stall.hits and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert (process.returncode, err) == (130, "soci: interrupted\n")
+        assert list(tmp_path.glob("soci-*")) == []
+        with pytest.raises(KeyError):
+            there.manifest("copy", "v2")
 
 
 def test_the_options_name_one_place(soci: Soci, tmp_path: Path) -> None:

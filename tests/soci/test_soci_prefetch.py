@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from snapshotter.errors import InvalidIndex
 from snapshotter.soci.imagefiles import ImageFiles
@@ -118,3 +120,20 @@ def test_a_plan_is_one_artifact_per_layer() -> None:
 def test_what_is_no_artifact(text: str) -> None:
     with pytest.raises(InvalidIndex):
         parse(text.encode())
+
+
+@given(st.binary(max_size=60), st.integers(0, 100))
+def test_a_mutation_gives_a_value_or_the_error(junk: bytes, position: int) -> None:
+    data = write([SpanRange(10, 15), SpanRange(50, 55)])
+    for mutated in (junk, data[:position] + junk + data[position + len(junk) :]):
+        try:
+            ranges = parse(mutated)
+        except InvalidIndex:
+            continue
+        assert ranges
+        assert all(0 <= one.first <= one.last for one in ranges)
+
+
+@given(st.text("ab*?[]./\udc80", max_size=12))
+def test_any_pattern_gives_files(pattern: str) -> None:
+    assert all(entry.kind == "reg" for _, entry in IMAGE.find(pattern))
