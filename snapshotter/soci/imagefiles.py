@@ -55,6 +55,13 @@ class ImageFiles:
                 found[id(entry)] = (layer, entry)
         return list(found.values())
 
+    def file(self, name: bytes) -> FileEntry | None:
+        """Return the regular file that `name` leads to, links followed; None when it leads to nothing, or elsewhere."""
+        for node in self._match(self._root, _split(name)):
+            if node.entry is not None and node.entry.kind != "dir":
+                return next((entry for _, entry in self._files(node)), None)
+        return None
+
     def _add(self, layer: int, entry: FileEntry) -> None:
         parts = _split(entry.name)
         if not parts:
