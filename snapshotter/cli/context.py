@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import getpass
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final, Self, TypeVar
 import trio
 
 from snapshotter.cli.nursery import first_error
-from snapshotter.containerd.client import Containerd
+from snapshotter.containerd.client import DEFAULT_ADDRESS, Containerd
 from snapshotter.errors import NotFound, UsageError
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.platform import host_platform, parse_platform
@@ -117,6 +118,23 @@ class Context:
     def artifacts(self) -> ArtifactStore:
         """The store that artifacts are kept in."""
         return self.containerd.content if self.keeps_in_containerd else self.layout_store
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether images are worked on in their registry: as --registry says, else where there is no containerd.
+
+        Raises UsageError when the options name another place for them.
+        """
+        options = self.arguments
+        elsewhere = getattr(options, "oci_layout", None) is not None or getattr(options, "standalone", False)
+        if options.registry and elsewhere:
+            raise UsageError("--registry: the options name another place for the image")
+        if options.registry or elsewhere or options.address != DEFAULT_ADDRESS:
+            return bool(options.registry)
+        if Path(DEFAULT_ADDRESS).exists():
+            return False
+        print(f"no containerd at {DEFAULT_ADDRESS}: working in the registry itself", file=sys.stderr)
+        return True
 
     def locate(self, name: str) -> LocatedImage:
         """Return the image `name` of --oci-layout, or else of containerd. Raises UsageError."""

@@ -10,8 +10,6 @@ drops every unfinished blob.
 from __future__ import annotations
 
 import contextlib
-import functools
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -19,29 +17,22 @@ from typing import Final, TypeAlias
 import trio
 
 from snapshotter.cli.nursery import open_nursery
+from snapshotter.cli.rangereader import RANGE_SIZE, RangeReader
 from snapshotter.containerd.content import ContentStore, Ingest
 from snapshotter.errors import (
     AlreadyExists,
-    AuthenticationFailed,
     DigestMismatch,
     FailedPrecondition,
     RangeNotHonoured,
-    RegistryError,
     SnapshotterError,
 )
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
-from snapshotter.registry.ranges import RangeClient
-from snapshotter.registry.retry import RetryPolicy
 from snapshotter.units import Digest
 
-RANGE_SIZE: Final = 16 << 20
-"""Bytes per request: a round trip of 20 ms every 134 ms of a 1 Gbit/s link, and three layers fill each other's gaps."""
 DEFAULT_CONCURRENCY: Final = 3
 """Layers at once, as containerd's own client."""
-RANGE_SECONDS: Final = 300.0
-"""For one range, however slow the link."""
 
 Piece: TypeAlias = bytes | bytearray | memoryview
 _Pieces: TypeAlias = "trio.MemorySendChannel[Piece]"
@@ -73,8 +64,7 @@ class Downloads:
         self._content = content
         self._labels = labels
         self._limit = trio.CapacityLimiter(concurrency)
-        self._ranges = RangeClient(connections=concurrency)
-        self._retry = RetryPolicy()
+        self._ranges = RangeReader(registry, reference, connections=concurrency)
         self._layers: dict[Digest, _Layer] = {}
 
     def close(self) -> None:
@@ -141,31 +131,9 @@ class Downloads:
 
     async def _send_ranges(self, layer: Descriptor, pieces: _Pieces) -> None:
         for start in range(0, layer.size, RANGE_SIZE):
-            await pieces.send(await self._read(layer, start, min(start + RANGE_SIZE, layer.size)))
+            await pieces.send(await self._ranges.read(layer, start, min(start + RANGE_SIZE, layer.size)))
 
     async def _send_stream(self, layer: Descriptor, pieces: _Pieces) -> None:
         async with contextlib.aclosing(self._registry.stream_blob(self._reference, layer)) as stream:
             async for piece in stream:
                 await pieces.send(piece)
-
-    async def _read(self, layer: Descriptor, start: int, end: int) -> bytearray | memoryview:
-        """Return one range, trying again as the retry policy allows, once with a new URL or token."""
-        source = await self._registry.blob_source(self._reference, layer.digest)
-        renewed = False
-        attempt = 1
-        while True:
-            try:
-                deadline = time.monotonic() + RANGE_SECONDS
-                read = functools.partial(self._ranges.read, source, start, end, deadline=deadline)
-                return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
-            except AuthenticationFailed:
-                if renewed:
-                    raise
-                renewed = True
-                source = await self._registry.blob_source(self._reference, layer.digest, renew=True)
-            except RegistryError as error:
-                delay = self._retry.delay(attempt, error)
-                if delay is None:
-                    raise
-                attempt += 1
-                await trio.sleep(delay)

@@ -1,13 +1,16 @@
-"""`soci index ls|info|rm`: the SOCI indices that were made here."""
+"""`soci index ls|info|verify|rm`: the SOCI indices that were made here."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
+from typing import Any
 
+from snapshotter.cli import verify
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands
+from snapshotter.cli.options import Commands, Several, add_json
 from snapshotter.cli.output import age, print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.oci.platform import matches, parse_platform
@@ -29,15 +32,17 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "--platform",
         "-p",
-        action="append",
+        action=Several,
         default=[],
         metavar="OS/ARCH",
         help="only indices of this platform",
     )
+    add_json(listing)
     listing.set_defaults(command=run_list)
     info = group.add_parser("info", parents=[shared], help="print an index")
     info.add_argument("digest", metavar="DIGEST")
     info.set_defaults(command=run_info)
+    verify.add_command(group, shared)
     remove = group.add_parser("remove", aliases=["rm"], parents=[shared], help="remove indices")
     remove.add_argument("digests", nargs="*", metavar="DIGEST")
     remove.add_argument("--ref", metavar="IMAGE", help="remove all indices of this image")
@@ -56,12 +61,19 @@ def run_list(context: Context) -> None:
         for row in rows:
             print(row.digest)
         return
+    if arguments.json:
+        print_json([_describe(context, row) for row in rows])
+        return
     lines = [
         (row.digest, row.size, name, row.platform, row.media_type, f"v{row.version}", age(row.created_at))
         for row in rows
         for name in _image_names(context, row)
     ]
     print_table(_HEADER, lines)
+
+
+def _describe(context: Context, row: IndexRow) -> dict[str, Any]:
+    return dataclasses.asdict(row) | {"image_refs": [name for name in _image_names(context, row) if name]}
 
 
 def run_info(context: Context) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from snapshotter import __version__
-from snapshotter.cli import create, image, index, push, ztoc
+from snapshotter.cli import convert, create, image, index, prefetch, push, rebuild, ztoc
 from snapshotter.cli.context import DEFAULT_ROOT, Context
 from snapshotter.containerd.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
 from snapshotter.errors import SnapshotterError, UsageError
 
-_COMMANDS: Final = (create, push, image, index, ztoc)
+_COMMANDS: Final = (create, convert, push, rebuild, image, index, ztoc, prefetch)
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -10,12 +10,27 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # n
 """What `add_parser` of a command is given to add itself to; argparse has no public name for it."""
 
 
+class Several(argparse.Action):
+    """An option that may be repeated, and may hold several values separated by commas."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Add the values to those there are."""
+        before: list[str] = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*before, *str(values).split(",")])
+
+
 def add_platforms(parser: argparse.ArgumentParser) -> None:
     """--platform and --all-platforms."""
     parser.add_argument(
         "--platform",
         "-p",
-        action="append",
+        action=Several,
         default=[],
         metavar="OS/ARCH",
         help="a platform to work on, may be repeated (this host's)",
@@ -29,6 +44,16 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
         "--user", "-u", metavar="NAME[:PASSWORD]", help="credentials (those of docker's config.json)"
     )
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry, not HTTPS")
+    # What the field's tools declare and do not use; their callers pass it. Certificates are always verified.
+    for names in (["--skip-verify", "-k"], ["--refresh"], ["--http-dump"], ["--http-trace"]):
+        parser.add_argument(*names, action="store_true", help=argparse.SUPPRESS)
+    for name in ("--hosts-dir", "--tlscacert", "--tlscert", "--tlskey"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -38,4 +63,14 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="take the image from this OCI layout, a directory or tar, and not from containerd",
+    )
+
+
+def add_remote(parser: argparse.ArgumentParser) -> None:
+    """--registry."""
+    parser.add_argument(
+        "--registry",
+        action="store_true",
+        help="work on the image in its registry: no containerd, no layer on disk"
+        " (also so where containerd is not installed)",
     )

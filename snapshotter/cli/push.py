@@ -20,13 +20,12 @@ from snapshotter.oci.media_types import OCI_MANIFEST
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.soci.content import ArtifactStore, read_verified
+from snapshotter.soci.create import MAX_ZTOC_SIZE
 from snapshotter.soci.index import CONFIG_BLOB, IndexVersion, SociIndex, parse
 from snapshotter.soci.platforms import PlatformImage
 from snapshotter.units import Digest
 
 DEFAULT_CONCURRENCY = 3
-MAX_ARTIFACT_SIZE = 2 << 30
-"""Bytes of a zTOC, which travels in one request: far beyond any real one, below what memory holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
         help="what to do when the registry has an index of the image (%(default)s)",
     )
     add_registry(parser)
+    parser.add_argument("--snapshotter", help=argparse.SUPPRESS)
     add_platforms(parser)
     add_layout(parser)
     parser.set_defaults(command=run)
@@ -100,13 +100,16 @@ class Push:
         concurrency: int = DEFAULT_CONCURRENCY,
         existing: str = "warn",
         quiet: bool = False,
+        silent: bool = False,
     ) -> None:
+        """`quiet` prints only the digests of the indices, `silent` nothing."""
         self._registry = registry
         self._store = store
         self._reference = reference
         self._limit = trio.CapacityLimiter(concurrency)
         self._existing = existing
         self._quiet = quiet
+        self._silent = silent
 
     async def publish(self, publication: Publication) -> bool:
         """Push one index with its artifacts; say whether it was, for --existing-index may forbid it."""
@@ -114,7 +117,9 @@ class Push:
         if self._existing != "allow" and not await self._may_go_on(subject):
             return False
         index = publication.index
-        print(index.digest if self._quiet else f"pushing soci index with digest: {index.digest}", flush=True)
+        if self._quiet and not self._silent:
+            print(index.digest, flush=True)
+        self._say(f"pushing soci index with digest: {index.digest}")
         artifacts = [entry.ztoc for entry in index.ztocs]
         artifacts += [descriptor.digest for _, descriptor in index.prefetch]
         async with open_nursery() as nursery:
@@ -153,10 +158,10 @@ class Push:
             self._say(f"successfully pushed artifact with digest: {digest}")
 
     def _read(self, digest: Digest) -> bytes:
-        return read_verified(self._store, digest, limit=MAX_ARTIFACT_SIZE)
+        return read_verified(self._store, digest, limit=MAX_ZTOC_SIZE)
 
     def _say(self, line: str) -> None:
-        if not self._quiet:
+        if not self._quiet and not self._silent:
             print(line, flush=True)
 
 

@@ -1,19 +1,22 @@
-"""`soci ztoc ls|info|get-file`: the zTOCs that were made here."""
+"""`soci ztoc ls|info|diff|get-file`: the zTOCs that were made here."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands
+from snapshotter.cli.options import Commands, add_json
 from snapshotter.cli.output import print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.soci.artifacts import ZtocRow
+from snapshotter.soci.compare import differences
 from snapshotter.soci.content import ContentSource, read_verified
+from snapshotter.soci.create import MAX_ZTOC_SIZE
 from snapshotter.soci.extract import find_file, read_file
 from snapshotter.soci.index import parse as parse_index
 from snapshotter.units import Digest
@@ -22,7 +25,6 @@ from snapshotter.ztoc.parse import parse
 from snapshotter.ztoc.spans import covering, spans_of
 
 _HEADER = ("DIGEST", "SIZE", "LAYER DIGEST")
-_MAX_ZTOC_SIZE = 2 << 30
 
 
 def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
@@ -34,10 +36,18 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.add_argument("--ztoc-digest", metavar="DIGEST", help="only this zTOC")
     listing.add_argument("--image-ref", metavar="IMAGE", help="only zTOCs of this image")
     listing.add_argument("--quiet", "-q", action="store_true", help="print only digests")
+    add_json(listing)
     listing.set_defaults(command=run_list)
     info = group.add_parser("info", parents=[shared], help="print what a zTOC holds, as JSON")
     info.add_argument("digest", metavar="DIGEST")
     info.set_defaults(command=run_info)
+    diff = group.add_parser(
+        "diff", parents=[shared], help="say how two zTOCs differ; exit code 1 when they do"
+    )
+    diff.add_argument("one", metavar="A", help="a digest, or a file that holds a zTOC")
+    diff.add_argument("other", metavar="B")
+    add_json(diff)
+    diff.set_defaults(command=run_diff)
     get_file = group.add_parser(
         "get-file", parents=[shared], help="read one file of a local layer through its zTOC"
     )
@@ -60,6 +70,8 @@ def run_list(context: Context) -> None:
     if arguments.quiet:
         for row in rows:
             print(row.digest)
+    elif arguments.json:
+        print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_table(_HEADER, [(row.digest, row.size, row.layer_digest) for row in rows])
 
@@ -68,6 +80,29 @@ def run_info(context: Context) -> None:
     """Print versions, sizes and every file with the spans that hold it."""
     row, _, ztoc = _load(context)
     print_json(_describe(row, ztoc))
+
+
+def run_diff(context: Context) -> None:
+    """Print a line per difference. Raises UsageError, for the exit code, when there are any."""
+    arguments = context.arguments
+    found = differences(_read_any(context, arguments.one), _read_any(context, arguments.other))
+    if arguments.json:
+        print_json(found)
+    else:
+        for line in found:
+            print(line)
+    if found:
+        raise UsageError(f"{arguments.one} and {arguments.other} differ")
+
+
+def _read_any(context: Context, name: str) -> Ztoc:
+    """Return the zTOC that `name` is the digest or the file of. Raises UsageError, NotFound, InvalidZtoc."""
+    if name.startswith("sha256:"):
+        return parse(read_verified(context.artifacts, digest_argument(name), limit=MAX_ZTOC_SIZE))
+    try:
+        return parse(Path(name).read_bytes())
+    except OSError as error:
+        raise UsageError(f"zTOC {name}: {error.strerror}") from None
 
 
 def run_get_file(context: Context) -> None:
@@ -96,7 +131,7 @@ def _load(context: Context) -> tuple[ZtocRow, bytes, Ztoc]:
         if context.database.indices(digest=digest):
             raise UsageError(f"{digest} is a SOCI index and not a zTOC: see `soci index info`")
         raise UsageError(f"zTOC {digest}: not known here; `soci ztoc ls` lists those that are")
-    data = read_verified(context.artifacts, digest, limit=_MAX_ZTOC_SIZE)
+    data = read_verified(context.artifacts, digest, limit=MAX_ZTOC_SIZE)
     return rows[0], data, parse(data)
 
 

@@ -40,6 +40,13 @@ class ContentStore:
         """Return the labels. Raises NotFound."""
         return dict(self._info(digest).labels)
 
+    def digests(self) -> Iterator[Digest]:
+        """Yield the digest of every blob of the namespace."""
+        request = pb.ListContentRequest()
+        for answer in self._connection.stream(self._stub.List, request, "content"):
+            for info in answer.info:
+                yield Digest(info.digest)
+
     def exists(self, digest: Digest) -> bool:
         """Say whether the namespace has the blob."""
         try:

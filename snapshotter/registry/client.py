@@ -36,6 +36,7 @@ from snapshotter.registry.replies import check_content_range
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy, Timeouts
 from snapshotter.registry.session import Call, Session, blob_call, manifest_call
 from snapshotter.registry.source import BlobSource
+from snapshotter.registry.upload import BlobUpload
 from snapshotter.registry.wire import USER_AGENT, Reply, host_of, same_origin
 from snapshotter.units import Digest, parse_digest, sha256_digest
 
@@ -174,6 +175,10 @@ class RegistryClient:
     async def push_blob(self, ref: Reference, data: bytes, media_type: str = OCTET_STREAM) -> Descriptor:
         """Upload `data` unless the repository has it, and return its descriptor."""
         return await push.push_blob(self._session, ref, data, media_type)
+
+    def upload(self, ref: Reference, digest: Digest) -> BlobUpload:
+        """Return an upload by pieces into the repository of `ref`, not begun yet."""
+        return BlobUpload(self._session, ref, digest)
 
     async def mount_blob(self, ref: Reference, digest: Digest, source_repository: str) -> bool:
         """Have the registry take a blob over from another of its repositories; say whether it did."""

@@ -78,7 +78,7 @@ async def _upload(session: Session, ref: Reference, digest: Digest, data: bytes)
     start = Call(what, ref, "POST", "blobs/uploads/", content=b"", push=True, success=frozenset({202}))
     reply = await session.once(start, limit=MAX_ERROR_BODY)
     headers = {"Content-Type": OCTET_STREAM}
-    path = _with_digest(what, reply, digest)
+    path = with_digest(what, reply, digest)
     finish = Call(what, ref, "PUT", path, headers, data, push=True, success=frozenset({201, 204}))
     await session.once(finish, limit=MAX_ERROR_BODY)
 
@@ -89,7 +89,7 @@ async def _is_there(session: Session, ref: Reference, digest: Digest, what: str)
     return (await session.once(call, limit=0)).status == 200
 
 
-def _with_digest(what: str, reply: Reply, digest: Digest) -> str:
+def with_digest(what: str, reply: Reply, digest: Digest) -> str:
     """Return the upload's URL with the digest added. The rest of its query is the registry's, and left alone."""
     location = reply.headers.get("Location")
     if not location:

@@ -6,7 +6,7 @@ own; the two programs exchange artifacts through registries and content stores, 
 
 Concurrency: one transaction per call, SQLite's own locks; threads and processes may share the file.
 
-Schema 1 (`PRAGMA user_version`):
+Schema 2 (`PRAGMA user_version`; schema 1 had no prefetches):
     indices   digest, image_digest, platform   together the key: one v2 index may serve several images
               size            bytes of the index
               manifest_digest the platform's image manifest
@@ -17,6 +17,7 @@ Schema 1 (`PRAGMA user_version`):
               size            bytes of the zTOC
               layer_digest, span_size, build_tool   what it was made from and with; another value makes another zTOC
               created_at      seconds since the epoch
+    prefetches  digest, size, layer_digest, created_at   as of zTOCs
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from typing import Any, Final
 from snapshotter.errors import NotFound, SnapshotterError
 from snapshotter.units import Digest
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _BUSY_SECONDS: Final = 30.0
 """How long to wait for another command's transaction; each takes milliseconds, so this is never reached in health."""
 
-_SCHEMA: Final = """
+_SCHEMA_2: Final = """
+CREATE TABLE prefetches (
+    digest TEXT NOT NULL PRIMARY KEY, size INTEGER NOT NULL, layer_digest TEXT NOT NULL, created_at REAL NOT NULL
+) WITHOUT ROWID;
+"""
+_SCHEMA_1: Final = """
 CREATE TABLE indices (
     digest TEXT NOT NULL, image_digest TEXT NOT NULL, platform TEXT NOT NULL,
     size INTEGER NOT NULL, manifest_digest TEXT NOT NULL, version INTEGER NOT NULL,
@@ -79,6 +85,16 @@ class ZtocRow:
     created_at: float = field(default_factory=time.time)
 
 
+@dataclass(frozen=True, slots=True)
+class PrefetchRow:
+    """One prefetch artifact of one layer."""
+
+    digest: Digest
+    size: int
+    layer_digest: Digest
+    created_at: float = field(default_factory=time.time)
+
+
 class ArtifactDatabase:
     """The rows of `artifacts.sqlite`. A missing file is an empty database until something is added."""
 
@@ -109,6 +125,21 @@ class ArtifactDatabase:
                 "INSERT OR REPLACE INTO ztocs VALUES (?, ?, ?, ?, ?, ?)",
                 (row.digest, row.size, row.layer_digest, row.span_size, row.build_tool, row.created_at),
             )
+
+    def add_prefetch(self, row: PrefetchRow) -> None:
+        """Remember a prefetch artifact; one that is known gets the new time."""
+        with self._write() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO prefetches VALUES (?, ?, ?, ?)",
+                (row.digest, row.size, row.layer_digest, row.created_at),
+            )
+
+    def prefetches(self, *, digest: Digest | None = None) -> list[PrefetchRow]:
+        """Return the prefetch artifacts that match, the newest first."""
+        rows = self._select(
+            "SELECT digest, size, layer_digest, created_at FROM prefetches", {"digest": digest}
+        )
+        return [PrefetchRow(*row) for row in rows]
 
     def indices(
         self,
@@ -152,6 +183,12 @@ class ArtifactDatabase:
             if not connection.execute("DELETE FROM indices WHERE digest = ?", (digest,)).rowcount:
                 raise NotFound(f"SOCI index {digest}: not in {self._path}")
 
+    def forget(self, digest: Digest) -> None:
+        """Forget an artifact of whatever kind, if it is known."""
+        with self._write() as connection:
+            for table in ("indices", "ztocs", "prefetches"):
+                connection.execute(f"DELETE FROM {table} WHERE digest = ?", (digest,))  # noqa: S608
+
     def _select(self, query: str, wanted: Mapping[str, str | int | None]) -> list[Any]:
         conditions = {name: value for name, value in wanted.items() if value is not None}
         if conditions:
@@ -186,18 +223,19 @@ class ArtifactDatabase:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the tables if the file is new. Raises SnapshotterError for a file of a later program."""
+    """Make the tables that a new or older file does not have. Raises SnapshotterError for a file of a later program."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
-    if version != 0:
+    if version > SCHEMA_VERSION:
         raise SnapshotterError(
             f"artifact database {path}: written by a later version of this program (schema {version})"
         )
     with connection:
         connection.execute("BEGIN EXCLUSIVE")
         # Another command may have made the tables while this one waited for the lock.
-        if connection.execute("PRAGMA user_version").fetchone() == (0,):
-            for statement in _SCHEMA.split(";"):
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        for statements in (_SCHEMA_1, _SCHEMA_2)[version:]:
+            for statement in statements.split(";"):
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

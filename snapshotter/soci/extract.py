@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from snapshotter.errors import SpanDigestMismatch, UsageError
 from snapshotter.soci.content import ContentSource
+from snapshotter.soci.imagefiles import ImageFiles
 from snapshotter.units import Digest, sha256_digest
 from snapshotter.ztoc.inflate import inflate_span
 from snapshotter.ztoc.model import FileEntry, Ztoc
@@ -17,6 +18,7 @@ WINDOW_SIZE = 32768
 def find_file(ztoc: Ztoc, name: str) -> FileEntry:
     """Return the regular file called `name`, with or without a leading `/` or `./`; the last one of several wins.
 
+    Links are followed within the layer.
     Raises UsageError when there is none, saying what is there instead.
     """
     wanted = _clean(name.encode("utf-8", "surrogateescape"))
@@ -25,8 +27,11 @@ def find_file(ztoc: Ztoc, name: str) -> FileEntry:
         raise UsageError(f"file {name}: not in this zTOC; `soci ztoc info` lists its files")
     entry = found[-1]
     if entry.kind in {"symlink", "hardlink"}:
-        target = entry.linkname.decode("utf-8", "replace")
-        raise UsageError(f"file {name}: a {entry.kind} to {target}; ask for that instead")
+        linked = ImageFiles([ztoc]).file(entry.name)
+        if linked is None:
+            target = entry.linkname.decode("utf-8", "replace")
+            raise UsageError(f"file {name}: a {entry.kind} to {target}, which is no file of this layer")
+        return linked
     if entry.kind != "reg":
         raise UsageError(f"file {name}: not a regular file but a {entry.kind}")
     return entry

@@ -36,6 +36,8 @@ DISABLE_XATTRS: Final = "com.amazon.soci.disable-xattrs"
 BUILD_TOOL: Final = "com.amazon.soci.build-tool-identifier"
 INDEX_DIGEST: Final = "com.amazon.soci.index-digest"
 """On an image manifest: the digest of its v2 index."""
+IMAGE_MANIFEST_DIGEST: Final = "com.amazon.soci.image-manifest-digest"
+"""On a v2 index in a list of manifests: the digest of the image manifest that points to it."""
 
 CONFIG_BLOB: Final = EMPTY_JSON
 """The config of every SOCI index; a registry refuses the index as long as it does not have this blob."""
@@ -123,12 +125,13 @@ def build(
     *,
     build_tool: str,
     subject: Descriptor | None = None,
+    prefetch: Sequence[Descriptor] = (),
 ) -> SociIndex:
-    """Return the index that lists `ztocs`, which are in the order of the image's layers.
+    """Return the index that lists `ztocs` and prefetch artifacts, which are in the order of the image's layers.
 
     `subject` is the image manifest of a v1 index; only its media type, digest and size go in.
     """
-    layers = [entry.descriptor().to_json() for entry in ztocs]
+    layers = [entry.to_json() for entry in (*(one.descriptor() for one in ztocs), *prefetch)]
     obj: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,

@@ -50,6 +50,11 @@ class OciLayout:
             os.close(self._archive)
             self._archive = None
 
+    @property
+    def index(self) -> ImageIndex:
+        """The layout's index.json: what the layout names."""
+        return self._index
+
     def image(self, name: str) -> Descriptor:
         """Return what `name` points to: a whole image name, the layout's own name for it, or its tag.
 

@@ -45,6 +45,15 @@ class LayoutStore:
         except FileNotFoundError:
             raise self._not_found(digest) from None
 
+    def digests(self) -> Iterator[Digest]:
+        """Yield the digest of every blob."""
+        try:
+            names = sorted(os.listdir(self._blobs))
+        except FileNotFoundError:
+            return
+        for name in names:
+            yield Digest(f"sha256:{name}")
+
     def read_range(self, digest: Digest, start: int, end: int) -> bytes:
         """Return the bytes `[start, end)`. Raises NotFound, CorruptData."""
         try:

@@ -17,11 +17,11 @@ from typing import Self
 
 from snapshotter.errors import UsageError
 from snapshotter.units import Digest, sha256_digest
-from snapshotter.ztoc.checkpoints import CheckpointScanner, Point
+from snapshotter.ztoc.checkpoints import CheckpointScanner
 from snapshotter.ztoc.model import VERSION, Algorithm, Buffer, CompressionInfo, Ztoc, header_starts
 from snapshotter.ztoc.serialize import serialize_with_offset
 from snapshotter.ztoc.tar import TarScanner
-from snapshotter.ztoc.zinfo import write_gzip, write_tar
+from snapshotter.ztoc.zinfo import GzipWriter, write_tar
 
 DEFAULT_SPAN_SIZE = 1 << 22
 DEFAULT_BUILD_TOOL = "soci-lazy-snapshotter v0.1"
@@ -99,14 +99,15 @@ class _Blob:
 
 def _pass_gzip(chunks: Iterable[Buffer], span_size: int, tar: _TarPass, backend: str | None) -> _Blob:
     hashes = _BlobHashes()
-    points: list[Point] = []
+    zinfo = GzipWriter(span_size)
     with CheckpointScanner(span_size, tar.feed, backend=backend) as scanner:
         for piece in _pieces(chunks):
             found = scanner.feed(piece)
             hashes.update(piece, [(point.compressed_in, point.bits) for point in found])
-            points += found
+            for point in found:
+                zinfo.add(point)
         scanner.close()
-    return hashes.finish(write_gzip(span_size, points))
+    return hashes.finish(zinfo.finish())
 
 
 def _pass_uncompressed(chunks: Iterable[Buffer], span_size: int, tar: _TarPass) -> _Blob:

@@ -220,7 +220,8 @@ class Writer:
     def byte_vector(self, data: bytes) -> int:
         """Add a vector of bytes."""
         padding = -(self._size + len(data)) % U32_SIZE
-        self._reversed.append(_U32.pack(len(data)) + data + bytes(padding))
+        # Three parts, not one: the data may be most of the buffer.
+        self._reversed += (bytes(padding), data, _U32.pack(len(data)))
         self._size += U32_SIZE + len(data) + padding
         return self._size
 

@@ -7,7 +7,7 @@ Parsing never copies a window: a checkpoint says where in the blob its window is
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,7 +89,27 @@ def parse_gzip(blob: Buffer) -> GzipZinfo:
     return GzipZinfo(version, span_size, tuple(checkpoints))
 
 
-def write_gzip(span_size: int, points: Iterable[tuple[int, int, int, bytes]], *, version: int = 2) -> bytes:
+class GzipWriter:
+    """A gzip zinfo that grows: windows are most of a zTOC's memory, and a list of them would hold it twice."""
+
+    def __init__(self, span_size: int) -> None:
+        self._span_size = span_size
+        self._blob = bytearray(_HEADER.size)
+        self._count = 0
+
+    def add(self, point: tuple[int, int, int, bytes]) -> None:
+        """Append a point: compressed_in, uncompressed_out, bits, window of 32768 bytes."""
+        self._blob += _POINT.pack(*point[:3])
+        self._blob += point[3]
+        self._count += 1
+
+    def finish(self) -> bytes:
+        """Return the zinfo, of version 2."""
+        _HEADER.pack_into(self._blob, 0, self._count, self._span_size)
+        return bytes(self._blob)
+
+
+def write_gzip(span_size: int, points: Sequence[tuple[int, int, int, bytes]], *, version: int = 2) -> bytes:
     """Return the zinfo of `points`, each (compressed_in, uncompressed_out, bits, window of 32768 bytes).
 
     Version 1 leaves out the first point, which then must be (10, 0, 0, zeros) to be read back alike.

@@ -158,8 +158,9 @@ def test_platforms(soci: Soci, tmp_path: Path) -> None:
     create = ("create", *ALL, "--oci-layout", tmp_path / "multi")
     soci(*create, "--platform", "linux/arm64", "app")
     assert [row.platform for row in ArtifactDatabase(soci.root).indices()] == ["linux/arm64"]
-    out = soci(*create, "--all-platforms", "app").out.splitlines()
+    out = soci(*create, "--platform", "linux/amd64,linux/arm64", "app").out.splitlines()
     assert [line.endswith("(already exists)") for line in out] == [False, True]
+    assert len(soci(*create, "--all-platforms", "app").out.splitlines()) == 2
     rows = ArtifactDatabase(soci.root).indices()
     assert sorted(row.platform for row in rows) == ["linux/amd64", "linux/arm64"]
     assert len({row.image_digest for row in rows}) == 1

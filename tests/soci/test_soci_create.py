@@ -28,7 +28,13 @@ from tests.soci.images import Blobs, noise
 from tests.support.images import LayerBlob, directory, layer, symlink, tar, tar_layer
 
 SMALL = CreateOptions(span_size=1 << 16, min_layer_size=0, build_tool="test")
-FILES = {"dir/": directory(), "dir/file": noise(300_000, seed=1), "small": b"hello", "link": symlink("small")}
+FILES = {
+    "dir/": directory(),
+    "dir/file": noise(300_000, seed=1),
+    "small": b"hello",
+    "link": symlink("small"),
+    "lost": symlink("nowhere"),
+}
 
 
 class Workshop:
@@ -131,7 +137,7 @@ def test_what_cannot_be_indexed_is_left_out_with_a_reason(tmp_path: Path) -> Non
     created = workshop.build()
     assert len(created.index.ztocs) == 1
     zstd, _, encrypted = (str(outcome) for outcome in workshop.reported)
-    assert zstd.endswith("is compressed with zstd, which cannot be indexed")
+    assert zstd.endswith("cannot be indexed: compressed with zstd")
     assert "cannot be indexed" in encrypted
     assert "encrypted" in encrypted
 
@@ -275,12 +281,12 @@ def test_every_file_reads_back_through_its_ztoc(tmp_path: Path) -> None:
     entry = workshop.build().index.ztocs[0]
     data = read_verified(workshop.store, entry.ztoc)
     ztoc = parse(data)
-    for name in ("dir/file", "/small", "./small"):
+    for name in ("dir/file", "/small", "./small", "link"):
         pieces = read_file(find_file(ztoc, name), ztoc, data, entry.layer, workshop.source)
-        expected = FILES[name.lstrip("./")]
+        expected = FILES["small" if name == "link" else name.lstrip("./")]
         assert b"".join(pieces) == expected
     for name, reason in (
-        ("link", "symlink to small"),
+        ("lost", "symlink to nowhere, which is no file of this layer"),
         ("dir", "not a regular file"),
         ("nothing", "not in this zTOC"),
     ):

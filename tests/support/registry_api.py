@@ -87,6 +87,8 @@ class Api:
         return Reply(200, data, {"Content-Type": media_type, "Docker-Content-Digest": digest})
 
     def _get_blobs(self, request: Request, name: str, rest: str) -> Reply:
+        if rest.startswith("uploads/"):
+            return self._upload_status(request, name, rest)
         if rest not in self.repositories[name].blobs:
             return error_reply(404, "BLOB_UNKNOWN")
         if self.storage is not None:
@@ -162,6 +164,14 @@ class Api:
             return error_reply(404, "BLOB_UPLOAD_UNKNOWN")
         data += request.body
         return Reply(202, b"", {"Location": self._upload(name, upload, state), "Range": f"0-{len(data) - 1}"})
+
+    def _upload_status(self, request: Request, name: str, rest: str) -> Reply:
+        upload = rest.removeprefix("uploads/")
+        state, data = self.repository(name).uploads.get(upload, ("", bytearray()))
+        if request.query.get("_state") != state:
+            return error_reply(404, "BLOB_UPLOAD_UNKNOWN")
+        headers = {"Location": self._upload(name, upload, state), "Range": f"0-{max(len(data) - 1, 0)}"}
+        return Reply(204, b"", headers)
 
     def _put_blobs(self, request: Request, name: str, rest: str) -> Reply:
         upload = rest.removeprefix("uploads/")

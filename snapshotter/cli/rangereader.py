@@ -1,0 +1,60 @@
+"""Ranges of an image's layers, read with retries, and with a new URL or token when the old one has run out.
+
+Concurrency: any number of tasks of one trio run; the reading itself is done in threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Final
+
+import trio
+
+from snapshotter.errors import AuthenticationFailed, RegistryError
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.reference import Reference
+from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.ranges import RangeClient
+from snapshotter.registry.retry import RetryPolicy
+
+RANGE_SIZE: Final = 16 << 20
+"""Bytes per request: a round trip of 20 ms every 134 ms of a 1 Gbit/s link, and three layers fill each other's gaps."""
+RANGE_SECONDS: Final = 300.0
+"""For one range, however slow the link."""
+
+
+class RangeReader:
+    """Reads blobs of one repository."""
+
+    def __init__(self, registry: RegistryClient, reference: Reference, *, connections: int) -> None:
+        self._registry = registry
+        self._reference = reference
+        self._ranges = RangeClient(connections=connections)
+        self._retry = RetryPolicy()
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._ranges.close()
+
+    async def read(self, layer: Descriptor, start: int, end: int) -> bytearray | memoryview:
+        """Return the bytes `[start, end)` of a blob, not verified. Raises RegistryError after the last attempt."""
+        source = await self._registry.blob_source(self._reference, layer.digest)
+        renewed = False
+        attempt = 1
+        while True:
+            try:
+                deadline = time.monotonic() + RANGE_SECONDS
+                read = functools.partial(self._ranges.read, source, start, end, deadline=deadline)
+                return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+            except AuthenticationFailed:
+                if renewed:
+                    raise
+                renewed = True
+                source = await self._registry.blob_source(self._reference, layer.digest, renew=True)
+            except RegistryError as error:
+                delay = self._retry.delay(attempt, error)
+                if delay is None:
+                    raise
+                attempt += 1
+                await trio.sleep(delay)

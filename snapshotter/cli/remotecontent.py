@@ -1,0 +1,178 @@
+"""An image in a registry as a content source for code that runs in threads: layers are streamed, never stored.
+
+A layer is read in ranges, some of them ahead of what the reader works on; so memory holds a few ranges per layer that
+is being read, however large it is. A registry that does not honour ranges is read from one connection instead. What a
+layer's bytes are also wanted for (an upload elsewhere) gets each range while the reader works on it.
+
+Concurrency: made and closed in the task of a trio run; the methods are for threads of their own, not for that task.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from snapshotter.cli.rangereader import RangeReader
+from snapshotter.errors import InvalidIndex, NotFound, RangeNotHonoured, SnapshotterError
+from snapshotter.oci.descriptor import Descriptor
+from snapshotter.oci.manifest import ImageManifest, parse
+from snapshotter.oci.media_types import INDEX_TYPES, MANIFEST_TYPES
+from snapshotter.oci.reference import Reference
+from snapshotter.registry.client import RegistryClient
+from snapshotter.soci.content import CHUNK_SIZE, MAX_DOCUMENT_SIZE
+from snapshotter.units import Digest
+
+RANGE: Final = 8 << 20
+"""Bytes per request: with the ranges ahead, some 30 MB of memory per layer at a time."""
+AHEAD: Final = 2
+
+T = TypeVar("T")
+Piece = bytes | bytearray | memoryview
+
+
+class Sink(Protocol):
+    """Where else a layer goes; called in the thread that reads it."""
+
+    def write(self, piece: Piece) -> None:
+        """Take the next piece. Raises SnapshotterError."""
+
+    def commit(self) -> None:
+        """That was all."""
+
+    def abort(self) -> None:
+        """No more will come. Raises nothing."""
+
+
+class RegistryContent:
+    """The content of the image `root` in the repository of `reference`."""
+
+    def __init__(self, registry: RegistryClient, reference: Reference, root: Descriptor) -> None:
+        """`registry` must live longer. To be made in the trio run that it belongs to."""
+        self.root = root
+        self._registry = registry
+        self._reference = reference
+        self._token = trio.lowlevel.current_trio_token()
+        self._ranges = RangeReader(registry, reference, connections=8)
+        self._known: dict[Digest, Descriptor] = {root.digest: root}
+        """What some document has named; a dict is safe to add to from several threads."""
+        self._documents: dict[Digest, bytes] = {}
+        self._stopped = threading.Event()
+        self.sink: Callable[[Descriptor], Sink | None] = lambda _: None
+        """Asked before a layer is read."""
+
+    def close(self) -> None:
+        """Make every reader end, with an error, and drop the connections."""
+        self._stopped.set()
+        self._ranges.close()
+
+    def add(self, entry: Descriptor) -> None:
+        """Let what `entry` describes, a manifest beside the image, be content of it."""
+        self._known.setdefault(entry.digest, entry)
+
+    def size(self, digest: Digest) -> int:
+        """Return the number of bytes. Raises NotFound for what no document of the image names."""
+        entry = self._entry(digest)
+        # A layer with URLs of its own need not be in the registry.
+        if entry.urls and not self.call(lambda: self._registry.has_blob(self._reference, digest)):
+            raise NotFound(f"content {digest}: not in {self._reference.locator}")
+        return entry.size
+
+    def read_range(self, digest: Digest, start: int, end: int) -> bytes:
+        """Return the bytes `[start, end)`: of a document from memory, of a layer by a request. Raises NotFound."""
+        entry = self._entry(digest)
+        if entry.size > MAX_DOCUMENT_SIZE:
+            return bytes(self.call(lambda: self._ranges.read(entry, start, end)))
+        if digest not in self._documents:
+            self._documents[digest] = self._document(entry)
+        return self._documents[digest][start:end]
+
+    def chunks(self, digest: Digest) -> Iterator[bytes]:
+        """Yield a whole layer in pieces, not verified. Raises NotFound, RegistryError."""
+        layer = self._entry(digest)
+        sink = self.sink(layer)
+        try:
+            for piece in self.pieces(layer):
+                if sink is not None:
+                    sink.write(piece)
+                view = memoryview(piece)
+                for start in range(0, len(view), CHUNK_SIZE):
+                    yield bytes(view[start : start + CHUNK_SIZE])
+            if sink is not None:
+                sink.commit()
+        except BaseException:
+            if sink is not None:
+                sink.abort()
+            raise
+
+    def pieces(self, layer: Descriptor) -> Iterator[Piece]:
+        """Yield a whole layer in pieces, not verified, and give it to nobody else."""
+        begun = False
+        try:
+            for piece in self._by_ranges(layer):
+                begun = True
+                yield piece
+        except RangeNotHonoured:
+            if begun:
+                raise
+            yield from self._by_stream(layer)
+
+    def call(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do `work` in the trio run and return its result."""
+        if self._stopped.is_set():
+            raise SnapshotterError(f"{self._reference.locator}: interrupted")
+        return trio.from_thread.run(work, trio_token=self._token)
+
+    def _by_ranges(self, layer: Descriptor) -> Iterator[Piece]:
+        starts = iter(range(0, layer.size, RANGE))
+        coming: deque[Future[Piece]] = deque()
+        with ThreadPoolExecutor(AHEAD, thread_name_prefix="range") as pool:
+            try:
+                while True:
+                    while len(coming) < AHEAD and (start := next(starts, None)) is not None:
+                        coming.append(pool.submit(self._range, layer, start))
+                    if not coming:
+                        return
+                    yield coming.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _range(self, layer: Descriptor, start: int) -> Piece:
+        end = min(start + RANGE, layer.size)
+        return self.call(lambda: self._ranges.read(layer, start, end))
+
+    def _by_stream(self, layer: Descriptor) -> Iterator[Piece]:
+        stream = self._registry.stream_blob(self._reference, layer)
+        try:
+            while (piece := self.call(lambda: anext(stream, None))) is not None:
+                yield piece
+        finally:
+            self.call(stream.aclose)
+
+    def _entry(self, digest: Digest) -> Descriptor:
+        entry = self._known.get(digest)
+        if entry is None:
+            raise NotFound(f"content {digest}: not named by the image in {self._reference.locator}")
+        return entry
+
+    def _document(self, entry: Descriptor) -> bytes:
+        """Return a manifest or config, and remember what it names."""
+        if entry.media_type not in MANIFEST_TYPES | INDEX_TYPES:
+            limit = MAX_DOCUMENT_SIZE
+            return self.call(lambda: self._registry.blob(self._reference, entry, max_size=limit))
+        reference = self._reference.with_digest(entry.digest)
+        _, data = self.call(lambda: self._registry.manifest(reference))
+        if len(data) != entry.size:
+            raise InvalidIndex(f"manifest {entry.digest}: {len(data)} bytes, not the {entry.size} announced")
+        document = parse(data, entry.media_type)
+        if isinstance(document, ImageManifest):
+            children: tuple[Descriptor, ...] = (document.config, *document.layers)
+        else:
+            children = document.manifests
+        for child in children:
+            self._known.setdefault(child.digest, child)
+        return data
