@@ -12,7 +12,8 @@ process. A test that provokes one says so, and then it must come:
 `@pytest.mark.logs_unchecked` switches the guard off for a test whose subject is logging itself.
 
 No litter: `workdir` is a directory with a short path (unix sockets fit) in which things may be mounted; at its end
-mounts are detached first and nothing inside is visited. At the end of the session no mount may be left in it.
+mounts are detached first and nothing inside is visited. A mount that a test left there, or a process whose command line
+names it, fails the test (and is ended).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import host
+from tests.support import host, process
 from tests.support.containerd import remove_directory
 
 _PREFIX = "st-"
@@ -119,7 +120,12 @@ def _workdir() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
         yield directory
-        left = host.mounts_below(directory)
+        mounts = host.mounts_below(directory)
     finally:
+        # First the processes: one of them could mount again. Who ends by himself gets the time to.
+        processes = process.settle(directory)
+        for pid in processes:
+            process.kill_and_wait(pid)
         remove_directory(directory)
-    assert not left, f"mounts left behind: {left}"
+    assert not mounts, f"mounts left behind: {mounts}"
+    assert not processes, f"processes left behind: {processes}"

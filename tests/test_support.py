@@ -30,6 +30,7 @@ from tests.support.process import (
     end_all,
     is_alive,
     kill_and_wait,
+    naming,
     to_toml,
     usage,
     wait_until,
@@ -152,6 +153,15 @@ def test_one_process_is_killed_by_descriptor() -> None:
         kill_and_wait(process.pid)
         assert not is_alive(process.pid)
     kill_and_wait(process.pid)  # gone: no error
+
+
+def test_processes_are_found_by_what_they_name(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()", tmp_path / "inside"], stdin=subprocess.PIPE
+    ) as child:
+        wait_until(lambda: naming(tmp_path) == {child.pid}, timeout=10, what="the child is found")
+        child.communicate(b"\n")
+    assert naming(tmp_path) == set()
 
 
 def test_a_socket_without_a_listener_does_not_accept(workdir: Path) -> None:

@@ -20,7 +20,7 @@ from snapshotter.cli.context import Context
 from snapshotter.cli.push import Publication, Push
 from snapshotter.cli.remotecontent import RegistryContent
 from snapshotter.cli.transfer import Destination
-from snapshotter.fetch.memory import use_one_heap
+from snapshotter.heap import use_one_heap
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient

@@ -34,10 +34,11 @@ from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.service import SnapshotsService
+from snapshotter.daemon.sockets import PATH_MAX, make_way
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.status import SOCKET_NAME, Status
 from snapshotter.daemon.unpacking import Unpacker
-from snapshotter.errors import ConfigError
+from snapshotter.errors import ConfigError, ProcessFailed
 from snapshotter.fuse.forker import Forker
 from snapshotter.fuse.holding import HolderClient
 from snapshotter.fuse.keeper import Keeper
@@ -60,6 +61,9 @@ _GRPC_THREADS = 32
 """containerd prepares one layer of an image after another; this is how many images may be pulled at once."""
 
 
+_HOLDER_WAIT_S = 1.0
+
+
 class App:
     """The daemon on one root."""
 
@@ -74,7 +78,9 @@ class App:
         self._provider: Provider
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError."""
+        """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError, also in groups."""
+        if len(os.fsencode(self._root / SOCKET_NAME)) > PATH_MAX:
+            raise ConfigError(f"--root: its path is too long for the sockets in it: {str(self._root)!r}")
         with ExitStack() as cleanup:
             cleanup.enter_context(RootLock(self._root))
             self._root.chmod(0o700)
@@ -198,28 +204,28 @@ class App:
             )
 
     async def _watch_holder(self, holder: HolderClient) -> None:
-        """Give a holder that was started again what the old one had."""
+        """Give a holder that was started again what the old one had. While there is none, the mounts go on."""
         while True:
-            pidfd = os.pidfd_open(holder.pid)
-            try:
-                await trio.lowlevel.wait_readable(pidfd)
-            finally:
-                os.close(pidfd)
+            await _ended(holder.pid)
             _log.error("holder ended; connecting to another", extra={"pid": holder.pid})
-            holder.close()
-            await trio.to_thread.run_sync(holder.connect)
-            await self._keeper.holder_changed()
+            try:
+                holder.close()
+                await trio.to_thread.run_sync(holder.connect)
+                await self._keeper.holder_changed()
+            except (ProcessFailed, OSError) as error:
+                _log.error("no holder: mounts would not survive this daemon", extra={"error": str(error)})
+                await trio.sleep(_HOLDER_WAIT_S)
 
     def _serve_grpc(self, snapshotter: Snapshotter, cleanup: ExitStack) -> None:
         server = grpc.server(ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="grpc"))
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
         self._address.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            self._address.unlink()
+        make_way(str(self._address), "--address")
         old = os.umask(0o117)
         try:
-            if not server.add_insecure_port(f"unix://{self._address}"):
-                raise ConfigError(f"cannot listen on {self._address}")
+            server.add_insecure_port(f"unix://{self._address}")
+        except RuntimeError as error:
+            raise ConfigError(f"--address: cannot listen on {self._address}: {error}") from error
         finally:
             os.umask(old)
         server.start()
@@ -230,7 +236,13 @@ class App:
         config = self._config
         if not config.metrics_address or config.no_prometheus:
             return
-        cleanup.callback(metrics.serve(self, config.metrics_network, config.metrics_address))
+        try:
+            stop = metrics.serve(self, config.metrics_network, config.metrics_address)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics_address: cannot listen on {config.metrics_address}: {error.strerror or error}"
+            ) from error
+        cleanup.callback(stop)
 
     # --- numbers for /metrics ---------------------------------------------------------------------------------
 
@@ -286,6 +298,18 @@ class App:
                 "log_level": self._log_level,
             }
         )
+
+
+async def _ended(pid: int) -> None:
+    """Return when the process has ended, which it may have long ago."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
 
 
 def _note_complete(layer: str, verified: bool) -> None:

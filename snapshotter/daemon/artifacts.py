@@ -21,14 +21,14 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import trio
 
-from snapshotter import errors, messages
+from snapshotter import messages
 from snapshotter.daemon.flights import Flights
-from snapshotter.errors import InvalidLayerFile, InvalidZtoc, UnsupportedLayer
+from snapshotter.errors import DigestMismatch, InvalidLayerFile, InvalidZtoc, UnsupportedLayer
 from snapshotter.fuse.compiling import inherited_memfd
 from snapshotter.fuse.forker import Forker
 from snapshotter.layer.compile import DirAttributes
@@ -48,6 +48,9 @@ COMPILE_UID = 0x7010_0000
 
 MAX_ZTOC_SIZE = 256 << 20
 """A zTOC has 32 KiB for each 4 MiB of tar and some 200 bytes for each file: this is a layer of 30 GiB."""
+
+_ANSWERS = {kind.__name__: kind for kind in (DigestMismatch, InvalidZtoc, UnsupportedLayer)}
+"""What a child may say; it has handled foreign bytes, so that nothing else is taken from it."""
 
 _Inherited = Mapping[bytes, DirAttributes]
 
@@ -75,14 +78,19 @@ class LayerArtifacts:
         self._client = client
         self._forker = forker
         self._limits = limits
-        self._flights: Flights[None] = Flights(nursery)
+        self._flights: Flights[Digest] = Flights(nursery)
 
     async def ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
         """Return when zTOC and plain tree of `layer` are there.
 
         Raises UnsupportedLayer, InvalidZtoc, DigestMismatch, RegistryError, OSError.
         """
-        await self._flights.join(layer, lambda: self._ensure(image, layer, ztoc))
+        compiled_from = await self._flights.join(layer, lambda: self._ensure(image, layer, ztoc))
+        if compiled_from != ztoc.digest:  # also when somebody else's flight was joined
+            raise UnsupportedLayer(
+                f"layer {layer} is on this host with zTOC {compiled_from}, "
+                f"and this image's index names {ztoc.digest}"
+            )
 
     async def variant_for(self, layer: Digest, parents: list[Parent]) -> str:
         """Return the name of the tree that shows `layer` right above `parents` (nearest first), compiled.
@@ -101,50 +109,67 @@ class LayerArtifacts:
         if not base and not inherited:
             return ""
         variant = _variant_name(base, inherited)
-        if not self._store.has_tree(layer, variant):
+        if await trio.to_thread.run_sync(self._compiled_from, layer, variant) != ztoc:
             await self._flights.join(
                 (layer, variant),
                 lambda: self._compile(layer, ztoc, variant=variant, base=base, inherited=inherited),
             )
         return variant
 
-    async def _ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
-        if self._store.has_tree(layer):
-            try:
-                tree = await trio.to_thread.run_sync(self._open, layer)
-            except InvalidLayerFile as error:
-                _log.info("tree is made again", extra={"layer": layer, "reason": str(error)})
-            else:
-                compiled_from = tree.ztoc_digest
-                tree.close()
-                _refuse_other(layer, compiled_from, ztoc.digest)
-                return
-        if not await trio.to_thread.run_sync(self._has_ztoc, layer, ztoc.digest):
-            if ztoc.size > MAX_ZTOC_SIZE:
-                raise UnsupportedLayer(
-                    f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
-                )
-            data = await self._client.blob(image, ztoc, max_size=ztoc.size)
-            await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
-        await self._compile(layer, ztoc.digest, variant="", base=False, inherited={})
+    async def _ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> Digest:
+        """Make what is missing; return the digest of the zTOC to which the layer's files belong."""
+        compiled_from = await trio.to_thread.run_sync(self._compiled_from, layer, "")
+        if compiled_from not in {None, ztoc.digest}:
+            return compiled_from
+        stored = await trio.to_thread.run_sync(self._stored_ztoc, layer)
+        if stored != ztoc.digest:
+            if stored is not None and compiled_from is None and self._store.has_tree(layer):
+                return stored  # another image's: its tree cannot be read, but its mounts go on
+            await self._fetch(image, layer, ztoc)
+        if compiled_from is None:
+            await self._compile(layer, ztoc.digest, variant="", base=False, inherited={})
+        return ztoc.digest
 
-    def _open(self, layer: Digest) -> Tree:
-        with open(self._store.paths(layer).tree, "rb") as file:
+    async def _fetch(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+        if ztoc.size > MAX_ZTOC_SIZE:
+            raise UnsupportedLayer(
+                f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
+            )
+        data = await self._client.blob(image, ztoc, max_size=ztoc.size)
+        await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
+
+    def _open(self, layer: Digest, variant: str = "") -> Tree:
+        with open(self._store.paths(layer, variant).tree, "rb") as file:
             return Tree(file.fileno())
 
-    def _has_ztoc(self, layer: Digest, digest: Digest) -> bool:
+    def _compiled_from(self, layer: Digest, variant: str) -> Digest | None:
+        """Return the digest of the zTOC that a tree was made from, None where there is no usable tree."""
         try:
-            found = sha256_digest(self._store.paths(layer).ztoc.read_bytes())
+            tree = self._open(layer, variant)
         except FileNotFoundError:
-            return False
-        if found != digest and self._store.has_tree(layer):
-            _refuse_other(layer, found, digest)
-        return found == digest
+            return None
+        except InvalidLayerFile as error:
+            _log.info("tree is made again", extra={"layer": layer, "variant": variant, "reason": str(error)})
+            return None
+        try:
+            return tree.ztoc_digest
+        finally:
+            tree.close()
+
+    def _stored_ztoc(self, layer: Digest) -> Digest | None:
+        """Return the digest that the stored zTOC really has, None where there is none."""
+        try:
+            return sha256_digest(self._store.paths(layer).ztoc.read_bytes())
+        except FileNotFoundError:
+            return None
 
     async def _compile(
         self, layer: Digest, ztoc: Digest, *, variant: str, base: bool, inherited: _Inherited
-    ) -> None:
-        """Have a child compile the tree; what it writes gets its name only if the child says that all is well."""
+    ) -> Digest:
+        """Have a child compile the tree; what it writes gets its name only if the child says that all is well.
+
+        Returns `ztoc`, from which it is made.
+        """
         started = trio.current_time()
 
         def write(fd: int) -> None:
@@ -155,15 +180,18 @@ class LayerArtifacts:
             "tree compiled",
             extra={"layer": layer, "variant": variant, "seconds": round(trio.current_time() - started, 3)},
         )
+        return ztoc
 
     async def _run_child(
         self, layer: Digest, ztoc: Digest, out: int, base: bool, inherited: _Inherited
     ) -> None:
         near, far = messages.pair()
-        ztoc_fd = os.open(self._store.paths(layer).ztoc, os.O_RDONLY | os.O_CLOEXEC)
-        inherited_fd = inherited_memfd(inherited)
         with near:
-            try:
+            with far, ExitStack() as opened:
+                ztoc_fd = os.open(self._store.paths(layer).ztoc, os.O_RDONLY | os.O_CLOEXEC)
+                opened.callback(os.close, ztoc_fd)
+                inherited_fd = inherited_memfd(inherited)
+                opened.callback(os.close, inherited_fd)
                 child = await self._forker.fork(
                     "compile",
                     uid=COMPILE_UID,
@@ -175,10 +203,6 @@ class LayerArtifacts:
                     },
                     fds={"ztoc": ztoc_fd, "tree": out, "answer": far.fileno(), "inherited": inherited_fd},
                 )
-            finally:
-                far.close()
-                os.close(ztoc_fd)
-                os.close(inherited_fd)
             try:
                 with trio.move_on_after(self._limits.time_max_s * 2):
                     await trio.lowlevel.wait_readable(near)
@@ -202,15 +226,8 @@ def _raise_unless_ok(layer: Digest, answer: messages.Message | None) -> None:
     if answer is None:
         raise InvalidZtoc(f"zTOC of layer {layer}: compiling it went over its limits of memory or time")
     if "error" in answer:
-        kind = getattr(errors, str(answer["error"]), InvalidZtoc)
-        raise kind(f"layer {layer}: {answer['message']}")
-
-
-def _refuse_other(layer: Digest, stored: Digest, wanted: Digest) -> None:
-    if stored != wanted:
-        raise UnsupportedLayer(
-            f"layer {layer} is on this host with zTOC {stored}, and this image's index names {wanted}"
-        )
+        kind = _ANSWERS.get(str(answer["error"]), InvalidZtoc)
+        raise kind(f"layer {layer}: {answer.get('message')}")
 
 
 def _variant_name(base: bool, inherited: _Inherited) -> str:

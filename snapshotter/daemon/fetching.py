@@ -4,7 +4,8 @@ It owns the process, the set of layers that the fetcher is to know, and the answ
 which need credentials that the fetcher never sees. A fetcher that was started again is told everything
 anew; servers get a new socket (`on_restart`) and ask again.
 
-Concurrency: trio. `connect` may be called from any task of the loop and never waits.
+Concurrency: trio. `connect` may be called from any task of the loop and never waits: what the socket has no room
+for (a host that starts opens hundreds of layers at once) is kept and sent in its turn.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import logging
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from snapshotter import messages
 from snapshotter.counters import CounterPage
+from snapshotter.environment import child_environment
 from snapshotter.errors import ProcessFailed, RegistryError, SnapshotterError
 from snapshotter.fetch import control
 from snapshotter.fetch.counters import NAMES
@@ -29,9 +33,25 @@ from snapshotter.units import Digest
 _log = logging.getLogger(__name__)
 
 _RESPAWN_WAIT_S = 0.05
+"""Pause before another fetcher is started; doubles as long as they die young."""
+
+_MAX_RESPAWN_WAIT_S = 10.0
+_LONG_LIFE_S = 5.0
 
 SourceOf = Callable[[Digest, bool], Awaitable[BlobSource]]
 """(layer, renew) -> where its blob is; raises SnapshotterError."""
+
+
+@dataclass(slots=True, eq=False)
+class _Opening:
+    """The answer to `open` of one layer, when it has come."""
+
+    answered: trio.Event = field(default_factory=trio.Event)
+    error: str = ""
+
+    def answer(self, error: str) -> None:
+        self.error = error
+        self.answered.set()
 
 
 class FetcherProcess:
@@ -55,8 +75,10 @@ class FetcherProcess:
         self._inherited = tuple(inherited_fds)
         self._counters = CounterPage.create("soci-fetcher-counters", NAMES)
         self._layers: dict[Digest, bool] = {}
-        self._opened: dict[Digest, trio.Event] = {}
-        self._errors: dict[Digest, str] = {}
+        self._openings: dict[Digest, _Opening] = {}
+        self._outgoing: deque[tuple[control.FromDaemon, socket.socket | None]] = deque()
+        """What the socket had no room for, with the descriptor that goes along."""
+        self._something_to_send = trio.Event()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -75,27 +97,45 @@ class FetcherProcess:
 
     async def run(self) -> None:
         """Keep a fetcher running until cancelled; then it ends."""
+        wait = _RESPAWN_WAIT_S
         async with trio.open_nursery() as nursery:
             try:
                 while True:
-                    self._start()
-                    self._on_restart()
-                    await self._follow(nursery)
-                    _log.error("fetcher ended; starting another", extra={"pid": self.pid})
+                    started = trio.current_time()
+                    reason = await self._live(nursery)
+                    _log.error("fetcher ended; starting another", extra={"pid": self.pid, "reason": reason})
                     await self._end()
-                    await trio.sleep(_RESPAWN_WAIT_S)
+                    if trio.current_time() - started > _LONG_LIFE_S:
+                        wait = _RESPAWN_WAIT_S
+                    await trio.sleep(wait)
+                    wait = min(wait * 2, _MAX_RESPAWN_WAIT_S)
             finally:
                 with trio.CancelScope(shield=True):
                     await self._end()
 
+    async def _live(self, nursery: trio.Nursery) -> str:
+        """Start a fetcher and talk to it until it ends; return why it did. `nursery` is for what outlives it."""
+        try:
+            sock = self._start()
+        except OSError as error:
+            return f"it cannot be started: {error}"
+        self._on_restart()
+        async with trio.open_nursery() as life:
+            life.start_soon(self._flush, sock)
+            reason = await self._follow(sock, nursery)
+            life.cancel_scope.cancel()
+        return reason
+
     async def open(self, layer: Digest, *, background: bool) -> None:
         """Have the fetcher serve `layer`; returns when the layer's cache files exist. Raises ProcessFailed."""
         self._layers[layer] = background
-        opened = self._opened.setdefault(layer, trio.Event())
+        opening = self._openings.get(layer)
+        if opening is None or (opening.answered.is_set() and opening.error):
+            opening = self._openings[layer] = _Opening()
         self._tell(control.Open(layer, background))
-        await opened.wait()
-        if layer in self._errors:
-            raise ProcessFailed(f"fetcher cannot use the files of layer {layer}: {self._errors[layer]}")
+        await opening.answered.wait()
+        if opening.error:
+            raise ProcessFailed(f"fetcher cannot use the files of layer {layer}: {opening.error}")
 
     def offer(self, layer: Digest, source: BlobSource) -> None:
         """Tell where the blob is before the fetcher has to ask."""
@@ -104,8 +144,9 @@ class FetcherProcess:
     def close(self, layer: Digest) -> None:
         """Have the fetcher let go of `layer`."""
         self._layers.pop(layer, None)
-        self._opened.pop(layer, None)
-        self._errors.pop(layer, None)
+        opening = self._openings.pop(layer, None)
+        if opening is not None and not opening.answered.is_set():
+            opening.answer("the layer was closed meanwhile")
         self._tell(control.Close(layer))
 
     def connect(self, layer: Digest) -> int | None:
@@ -113,67 +154,84 @@ class FetcherProcess:
         if self._socket is None or layer not in self._layers:
             return None
         near, far = messages.pair()
-        with far:
-            try:
-                control.send(self._socket, control.Attach(layer), [far.fileno()])
-            except OSError:
-                near.close()
-                return None
+        self._tell(control.Attach(layer), far)
         return near.detach()
 
-    def _start(self) -> None:
+    def _start(self) -> socket.socket:
+        """Start a fetcher and tell it about every layer. Raises OSError."""
         near, far = messages.pair()
-        command = [sys.executable, "-m", "snapshotter.fetch"]
-        arguments = [
-            "--control",
-            str(far.fileno()),
-            "--root",
-            str(self._root),
-            "--counters",
-            str(self._counters),
-        ]
+        command = [
+            sys.executable, "-m", "snapshotter.fetch", "--control", str(far.fileno()), "--root", str(self._root),
+            "--counters", str(self._counters), "--options", self._options,
+        ]  # fmt: skip
         with far:
-            self._process = subprocess.Popen(
-                [*command, *arguments, "--options", self._options],
-                pass_fds=[far.fileno(), self._counters, *self._inherited],
-                stdin=subprocess.DEVNULL,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    pass_fds=[far.fileno(), self._counters, *self._inherited],
+                    stdin=subprocess.DEVNULL,
+                    env=child_environment(network=True),
+                )
+            except OSError:
+                near.close()
+                raise
         near.setblocking(False)
         self._socket = near
         for layer, background in self._layers.items():
             self._tell(control.Open(layer, background))
+        return near
 
-    def _tell(self, message: control.FromDaemon) -> None:
-        """Send a message; without a fetcher it is said to the next one, which is told about every layer."""
-        if self._socket is not None:
-            try:
-                control.send(self._socket, message)
-            except OSError as error:
-                _log.warning("fetcher does not listen", extra={"layer": message.layer, "error": str(error)})
+    def _tell(self, message: control.FromDaemon, companion: socket.socket | None = None) -> None:
+        """Send a message, now or as soon as there is room, and close the companion that goes along.
 
-    async def _follow(self, nursery: trio.Nursery) -> None:
-        assert self._socket is not None
+        Without a fetcher nothing is sent: the next one is told about every layer when it starts.
+        """
+        if self._socket is None:
+            _close(companion)
+        elif self._outgoing or not self._try(self._socket, message, companion):
+            self._outgoing.append((message, companion))
+            self._something_to_send.set()
+
+    def _try(self, sock: socket.socket, message: control.FromDaemon, companion: socket.socket | None) -> bool:
+        """Send a message unless the socket is full; return whether that is done with."""
+        try:
+            control.send(sock, message, [companion.fileno()] if companion is not None else [])
+        except BlockingIOError:
+            return False
+        except OSError as error:  # it has just ended, which `_follow` notices
+            _log.info("fetcher does not listen", extra={"layer": message.layer, "error": str(error)})
+        _close(companion)
+        return True
+
+    async def _flush(self, sock: socket.socket) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._socket)
+            await self._something_to_send.wait()
+            self._something_to_send = trio.Event()
+            while self._outgoing:
+                if self._try(sock, *self._outgoing[0]):
+                    self._outgoing.popleft()
+                else:
+                    await trio.lowlevel.wait_writable(sock)
+
+    async def _follow(self, sock: socket.socket, nursery: trio.Nursery) -> str:
+        """Take messages until the fetcher ends; return why it did."""
+        while True:
+            await trio.lowlevel.wait_readable(sock)
             try:
-                received = control.receive(self._socket)
+                received = control.receive(sock)
             except BlockingIOError:
                 continue
-            except OSError:
-                return
+            except (OSError, ValueError) as error:
+                return str(error)
             if received is None:
-                return
+                return "its socket ended"
             self._take(received[0], nursery)
 
     def _take(self, message: control.Message, nursery: trio.Nursery) -> None:
         match message:
             case control.Opened(layer, error):
-                if error:
-                    self._errors[layer] = error
-                else:
-                    self._errors.pop(layer, None)
-                if layer in self._opened:
-                    self._opened[layer].set()
+                if layer in self._openings:
+                    self._openings[layer].answer(error)
             case control.NeedSource(layer, renew):
                 nursery.start_soon(self._find_source, layer, renew)
             case control.Complete(layer, verified):
@@ -191,9 +249,17 @@ class FetcherProcess:
             self._tell(control.Source(layer, source))
 
     async def _end(self) -> None:
+        while self._outgoing:
+            _close(self._outgoing.popleft()[1])
         if self._socket is not None:
             self._socket.close()
             self._socket = None
         if self._process is not None:
             self._process.kill()
             await trio.to_thread.run_sync(self._process.wait)
+            self._process = None
+
+
+def _close(companion: socket.socket | None) -> None:
+    if companion is not None:
+        companion.close()

@@ -43,29 +43,28 @@ def begin(path: Path) -> int:
         waited = time.monotonic() - started
         if waited > _PATIENCE_S and not killed:
             killed = True
-            _kill_holders(os.fstat(fd))
+            _kill_holders(fd)
         if waited > _LAST_WAIT_S:
             os.close(fd)
             raise ProcessFailed(f"processes of a former daemon do not end; they have {path} open")
         time.sleep(0.005)
 
 
-def _kill_holders(file: os.stat_result) -> None:
-    """Kill every process but this one that has `file` open."""
+def _kill_holders(fd: int) -> None:
+    """Kill every process but this one that has the file behind `fd` open."""
+    path, inode = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_ino
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid() and _has_open(entry, file):
+        if entry.isdigit() and int(entry) != os.getpid() and _has_open(entry, path, inode):
             _log.warning("a process of the former daemon is killed", extra={"pid": int(entry)})
             with suppress(ProcessLookupError):
                 os.kill(int(entry), signal.SIGKILL)
 
 
-def _has_open(pid: str, file: os.stat_result) -> bool:
-    """Look for the file by name in /proc: following the links could touch a lazy mount."""
+def _has_open(pid: str, path: str, inode: int) -> bool:
+    """Look for the file by path and inode in /proc: following the links there could touch a lazy mount."""
     with suppress(OSError):
         for fd in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as lines:
-                if f"ino:\t{file.st_ino}\n" in lines.read() and os.readlink(f"/proc/{pid}/fd/{fd}").endswith(
-                    "/generation"
-                ):
+                if f"ino:\t{inode}\n" in lines.read() and os.readlink(f"/proc/{pid}/fd/{fd}") == path:
                     return True
     return False

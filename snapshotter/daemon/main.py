@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"soci-snapshotter-grpc: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except SnapshotterError as error:
+    except (SnapshotterError, OSError) as error:
         print(f"soci-snapshotter-grpc: {error}", file=sys.stderr)
         return 1
 
@@ -80,7 +80,21 @@ def _daemon(settings: Settings) -> None:
             "--address fd:// is not supported: give a path, or unix://PATH, and remove the socket unit"
         )
     app = App(config, settings.root, settings.address.path, level)
-    trio.run(app.run)
+    try:
+        trio.run(app.run)
+    except BaseExceptionGroup as group:
+        known = _known_cause(group)
+        if known is None:
+            raise
+        raise known from group
+
+
+def _known_cause(group: BaseExceptionGroup[BaseException]) -> SnapshotterError | OSError | None:
+    """Return the error that ended the daemon, out of the nurseries' groups; None when it is a surprise."""
+    cause: BaseException = group
+    while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+        cause = cause.exceptions[0]
+    return cause if isinstance(cause, SnapshotterError | OSError) else None
 
 
 if __name__ == "__main__":

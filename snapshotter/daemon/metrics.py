@@ -9,12 +9,11 @@ Concurrency: a scrape runs in prometheus-client's server thread and reads snapsh
 
 from __future__ import annotations
 
-import os
+import logging
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -22,8 +21,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from snapshotter.daemon.sockets import make_way
 from snapshotter.fetch.counters import GAUGES, WAIT_BUCKETS, WAIT_NAMES
-from snapshotter.fuse.counters import REQUEST_KINDS
+from snapshotter.fuse.counters import NAMES, REQUEST_KINDS
+
+_log = logging.getLogger(__name__)
 
 
 class Numbers(Protocol):
@@ -54,7 +56,7 @@ class Collector:
         for state, count in sorted(self._numbers.mounts().items()):
             mounts.add_metric([state], count)
         yield mounts
-        served = self._numbers.served()
+        served = {**dict.fromkeys(NAMES, 0), **self._numbers.served()}
         requests = CounterMetricFamily(
             "soci_fuse_requests", "FUSE requests that reached a server.", labels=["kind"]
         )
@@ -103,35 +105,46 @@ def _waits(fetched: Mapping[str, int]) -> Metric:
 
 
 class Totals:
-    """Counters of mounts: those that are, plus those that were."""
+    """Counters of mounts: those that are, plus those that were.
+
+    Concurrency: `retire` and `sum` may be called from different threads. Between the end of a mount and its `retire`
+    its counts are nowhere; what was told once is therefore never taken back.
+    """
 
     def __init__(self, current: Callable[[], Iterator[Mapping[str, int]]]) -> None:
         self._current = current
         self._past: Counter[str] = Counter()
+        self._told: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def retire(self, counters: Mapping[str, int]) -> None:
-        """Keep the counts of a mount that ends."""
-        self._past.update({name: value for name, value in counters.items() if name not in SERVER_GAUGES})
+        """Keep the counts of a mount that has ended."""
+        with self._lock:
+            self._past.update({name: n for name, n in counters.items() if name not in SERVER_GAUGES})
 
     def sum(self) -> dict[str, int]:
         """Return the sums by name."""
-        total = Counter(self._past)
-        for counters in self._current():
-            total.update(counters)
-        return dict(total)
+        with self._lock:
+            total = Counter(self._past)
+            for counters in self._current():
+                total.update(counters)
+            counted = {name: n for name, n in total.items() if name not in SERVER_GAUGES}
+            self._told = {name: max(n, self._told.get(name, 0)) for name, n in counted.items()} | {
+                name: n for name, n in self._told.items() if name not in counted
+            }
+            return dict(total) | self._told
 
 
 def serve(numbers: Numbers, network: str, address: str) -> Callable[[], None]:
     """Serve /metrics at `address` (host:port, or a socket's path with network "unix"); return what stops it.
 
-    Raises OSError when the address cannot be had.
+    Raises OSError or ConfigError when the address cannot be had.
     """
     registry = CollectorRegistry()
     registry.register(Collector(numbers))
     where: Any = address
     if network == "unix":
-        with suppress(FileNotFoundError):
-            os.unlink(address)
+        make_way(address, "metrics_address")
         server: _Server = _UnixServer(where, _Handler)
     else:
         host, _, port = address.rpartition(":")
@@ -153,6 +166,10 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class calls it so
+        """Note a scrape that broke off, where the base class would print a traceback."""
+        _log.info("a scrape failed", exc_info=True)
+
 
 class _UnixServer(_Server):
     """The same on a unix socket, which has no host name and no port."""
@@ -164,6 +181,11 @@ class _UnixServer(_Server):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; its peer has no address, and the handler wants one."""
+        connection, _address = super().get_request()
+        return connection, ("local", 0)
 
 
 class _Handler(WSGIRequestHandler):

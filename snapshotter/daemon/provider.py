@@ -8,13 +8,14 @@ answer other than "already exists" containerd downloads all that remain.
 It owns the answer to "who uses this layer": when the last mount of one is gone, its files are removed.
 
 Concurrency: `provide`, `release`, … are called from gRPC threads and hop into the trio loop; everything else is in
-the loop. Nothing holds a lock across the network but a layer's own (`_LayerUse`), which only its removal waits for.
+the loop. Nothing is locked across the network but a layer by itself: who wants the same layer waits, and its removal.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,13 @@ _MANIFEST_DIGEST = "containerd.io/snapshot/cri.manifest-digest"
 _LAYER_DIGEST = "containerd.io/snapshot/cri.layer-digest"
 _INDEX_DIGEST = "containerd.io/snapshot/remote/soci.index.digest"
 _LAYER_SIZE = "containerd.io/snapshot/remote/soci.size"
+
+
+_PREPARED_AT_ONCE = 8
+"""Layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
+
+_RESTORE_PATIENCE_S = 20.0
+"""How long a start waits for the fetcher; it is not needed for layers that are there already, and comes later then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +133,9 @@ class Provider:
         self._uses: dict[Digest, int] = {}
         self._locks: dict[Digest, trio.Lock] = {}
         self._prepared: set[Digest] = set()
+        self._ahead = trio.CapacityLimiter(_PREPARED_AT_ONCE)
+        self._recorded: dict[int, Digest] = {}
+        """Layers by the snapshots whose mount they are, or would be if it could have been restored."""
         self.fallbacks: dict[str, int] = {}
         """How often a layer was not lazy, by reason."""
 
@@ -154,9 +165,8 @@ class Provider:
         return self._usage(mountpoint.spec.layer, mountpoint.facts.files)
 
     def release(self, snapshot_id: int, directory: Path) -> bool:
-        """Unmount a lazy layer, also one that a former daemon left in the middle of a Prepare."""
-        released = trio.from_thread.run(self._keeper.unmount, snapshot_id, trio_token=self._token)
-        released = released or mounting.detach(str(directory))
+        """Unmount a lazy layer."""
+        released = trio.from_thread.run(self._release, snapshot_id, directory, trio_token=self._token)
         self._store.forget_mount(snapshot_id)
         return released
 
@@ -166,23 +176,33 @@ class Provider:
     # --- in the loop --------------------------------------------------------------------------------------
 
     async def restore(self) -> None:
-        """Take every mount that the store knows back into service; needs no network."""
+        """Take every mount that the store knows back into service, and remove the layers of others; needs no network."""
         specs = []
-        known = set(await trio.to_thread.run_sync(self._store.ids))
         for mount in await trio.to_thread.run_sync(self._store.lazy_mounts):
-            if (
-                mount.snapshot_id not in known
-            ):  # a Prepare that was interrupted; Cleanup removes its directory
-                continue
-            self._sources.learn(mount.layer, Reference.parse(mount.image_ref))
+            try:
+                self._sources.learn(mount.layer, Reference.parse(mount.image_ref))
+            except UsageError as error:
+                _log.error(
+                    "the image of a layer is not known", extra={"layer": mount.layer, "error": str(error)}
+                )
+            self._recorded[mount.snapshot_id] = mount.layer
             self._uses[mount.layer] = self._uses.get(mount.layer, 0) + 1
             specs.append(self._spec(mount.snapshot_id, mount.layer, mount.tree_variant))
-        for layer in {spec.layer for spec in specs}:
-            try:
-                await self._fetcher.open(layer, background=self._settings.background)
-            except ProcessFailed as error:
-                _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
+        for layer in set(await trio.to_thread.run_sync(self._layers.layers)) - self._uses.keys():
+            await self._remove(layer)
+        with trio.move_on_after(_RESTORE_PATIENCE_S) as patience:
+            async with trio.open_nursery() as nursery:
+                for layer in self._uses:
+                    nursery.start_soon(self._open_again, layer)
+        if patience.cancelled_caught:
+            _log.error("no fetcher yet: layers are served as far as they are there")
         await self._keeper.restore(specs)
+
+    async def _open_again(self, layer: Digest) -> None:
+        try:
+            await self._fetcher.open(layer, background=self._settings.background)
+        except ProcessFailed as error:
+            _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
 
     def gone(self, spec: MountSpec) -> None:
         """Note that a mount has ended; the last one of a layer takes its files along."""
@@ -194,6 +214,8 @@ class Provider:
             return self._deferred(
                 "missing-labels", request, "the client sent no labels for a remote snapshotter"
             )
+        if self.not_lazy:
+            return self._deferred("not-lazy", request, self.not_lazy)
         try:
             with trio.fail_after(self._settings.mount_timeout_s):
                 found = await self._catalog.resolve(asked.image, asked.index)
@@ -203,18 +225,18 @@ class Provider:
             return self._deferred("timeout", request, f"no index within {self._settings.mount_timeout_s} s")
         except SnapshotterError as error:
             return self._deferred("index-failed", request, error)
-        if not self.not_lazy:
-            self._prepare_ahead(asked.image, found)
-            try:
-                return await self._provide_lazily(request, asked, found)
-            except NoZtoc as error:
-                self._count("no-ztoc")
-                _log.info("layer is unpacked", extra={"layer": asked.layer, "reason": str(error)})
-            except (SnapshotterError, OSError, ValueError, trio.TooSlowError) as error:
-                self._count(_reason(error))
-                _log.warning(
-                    "layer cannot be lazy; it is unpacked", extra={"layer": asked.layer, "error": str(error)}
-                )
+        self._prepare_ahead(asked.image, found)
+        try:
+            return await self._provide_lazily(request, asked, found)
+        except NoZtoc as error:
+            self._count("no-ztoc")
+            _log.info("layer is unpacked", extra={"layer": asked.layer, "reason": str(error)})
+        except (SnapshotterError, OSError, ValueError, trio.TooSlowError) as error:
+            self._count(_reason(error))
+            _log.warning(
+                "layer cannot be lazy; it is unpacked",
+                extra={"layer": asked.layer, "error": str(error) or type(error).__name__},
+            )
         return await self._provide_locally(request, asked, found)
 
     async def _provide_lazily(self, request: LayerRequest, asked: Asked, found: Found) -> Lazy:
@@ -225,18 +247,18 @@ class Provider:
         if size.isdigit() and int(size) < self._settings.min_layer_size:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
-        async with self._lock(layer):
-            with trio.fail_after(self._settings.mount_timeout_s):
+        with trio.fail_after(self._settings.mount_timeout_s):
+            async with self._lock(layer):
                 await self._artifacts.ensure(asked.image, layer, ztoc)
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
-            self._uses[layer] = self._uses.get(layer, 0) + 1
-            try:
-                self._sources.learn(layer, asked.image)
-                await self._fetcher.open(layer, background=self._settings.background)
-                await self._mount(request, asked, variant)
-            except BaseException:
-                self._nursery.start_soon(self._drop_use, layer)
-                raise
+                self._uses[layer] = self._uses.get(layer, 0) + 1
+                try:
+                    self._sources.learn(layer, asked.image)
+                    await self._fetcher.open(layer, background=self._settings.background)
+                    await self._mount(request, asked, variant)
+                except BaseException:
+                    self._nursery.start_soon(self._drop_use, layer)
+                    raise
         self._keeper.wake([request.snapshot_id])
         files = self._keeper.mounts[request.snapshot_id].facts.files
         return Lazy(layer, await trio.to_thread.run_sync(self._usage, layer, files))
@@ -252,15 +274,17 @@ class Provider:
             request.namespace,
         )
         await trio.to_thread.run_sync(self._store.record_mount, record)
+        self._recorded[request.snapshot_id] = asked.layer
         try:
             await self._keeper.mount(self._spec(request.snapshot_id, asked.layer, variant))
         except BaseException:
+            del self._recorded[request.snapshot_id]
             self._store.forget_mount(request.snapshot_id)
             raise
 
     async def _provide_locally(self, request: LayerRequest, asked: Asked, found: Found) -> Provided:
-        parents = self._parents(request.parent_ids)
         try:
+            parents = self._parents(request.parent_ids)
             usage = await self._unpacker.unpack(
                 asked.image, found.manifest, asked.layer, request.directory, parents
             )
@@ -277,13 +301,23 @@ class Provider:
 
     async def _prepare_layer(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
         try:
-            async with self._lock(layer):
+            async with self._ahead, self._lock(layer):
                 await self._artifacts.ensure(image, layer, ztoc)
             self._sources.learn(layer, image)
             self._fetcher.offer(layer, await self._sources.find(layer, renew=False))
-        except (SnapshotterError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - a head start only; what is wrong is said when it is needed
             self._prepared.discard(layer)
             _log.info("layer could not be prepared ahead", extra={"layer": layer, "error": str(error)})
+
+    async def _release(self, snapshot_id: int, directory: Path) -> bool:
+        layer = self._recorded.pop(snapshot_id, None)
+        if await self._keeper.unmount(snapshot_id):
+            return True
+        # It could not be restored, or a crash came before it was recorded: what may be mounted there is dead.
+        detached = await trio.to_thread.run_sync(mounting.detach, str(directory))
+        if layer is not None:
+            self._nursery.start_soon(self._drop_use, layer)
+        return detached or layer is not None
 
     async def _drop_use(self, layer: Digest) -> None:
         async with self._lock(layer):
@@ -294,7 +328,14 @@ class Provider:
             self._prepared.discard(layer)
             self._fetcher.close(layer)
             self._sources.forget(layer)
+            await self._remove(layer)
+
+    async def _remove(self, layer: Digest) -> None:
+        try:
             await trio.to_thread.run_sync(self._layers.remove, layer)
+        except OSError as error:
+            _log.error("files of a layer stay", extra={"layer": layer, "error": str(error)})
+        else:
             _log.info("layer removed: nothing uses it", extra={"layer": layer})
 
     def _lock(self, layer: Digest) -> trio.Lock:
@@ -306,19 +347,25 @@ class Provider:
         return MountSpec(snapshot_id, layer, str(target), str(paths.tree), str(paths.data), str(paths.spans))
 
     def _parents(self, ids: Sequence[int]) -> list[Parent]:
+        """Return where the layers below can be looked at. Raises Unavailable: never at a mount that is not kept."""
         parents = []
         for snapshot_id in ids:
             mountpoint = self._keeper.mounts.get(snapshot_id)
             if mountpoint is not None:
                 parents.append(Parent(tree=Path(mountpoint.spec.tree)))
+            elif snapshot_id in self._recorded:
+                raise Unavailable(f"the lazy layer of snapshot {snapshot_id} below it is not mounted")
             else:
                 parents.append(Parent(directory=self._snapshots / str(snapshot_id) / "fs"))
         return parents
 
     def _usage(self, layer: Digest, files: int) -> Usage:
         """Return the disk space of a layer's cache files; the inodes are those that it shows."""
-        paths = self._layers.paths(layer)
-        blocks = sum(path.stat().st_blocks for path in paths.directory.iterdir())
+        blocks = 0
+        with suppress(FileNotFoundError):  # the last use has ended meanwhile
+            for path in self._layers.paths(layer).directory.iterdir():
+                with suppress(FileNotFoundError):  # a temporary, which has its name by now
+                    blocks += path.stat().st_blocks
         return Usage(blocks * 512, files)
 
     def _count(self, reason: str) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 import trio
 
 from snapshotter.errors import ProcessFailed, SnapshotterError
+from snapshotter.fuse import mounting
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import MountSpec
 from snapshotter.layer.compile import compile_tree
@@ -38,13 +39,14 @@ SELFTEST_ID = 0
 """A snapshot id that no snapshot has: ids start at 1."""
 
 _CONTENT = b"lazy loading works on this host\n"
+_TARGET = "mount"
 _TIMEOUT_S = 10.0
 
 
 async def find_obstacle(keeper: Keeper, directory: Path) -> str:
     """Return why nothing can be lazy here, or the empty string when a lazy file could be read."""
-    await trio.to_thread.run_sync(shutil.rmtree, directory, True)
     try:
+        await trio.to_thread.run_sync(_clear, directory)
         spec = await trio.to_thread.run_sync(_make_layer, directory)
         await keeper.mount(spec)
     except (SnapshotterError, OSError, ValueError) as error:
@@ -70,6 +72,13 @@ async def find_obstacle(keeper: Keeper, directory: Path) -> str:
     return ""
 
 
+def _clear(directory: Path) -> None:
+    """Remove what a test left that was interrupted: first its mount, which nobody serves any more."""
+    while mounting.detach(str(directory / _TARGET)):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def _make_layer(directory: Path) -> MountSpec:
     """Make a layer of one file whose only span is inflated already."""
     tar = _tar()
@@ -79,7 +88,7 @@ def _make_layer(directory: Path) -> MountSpec:
     paths = store.paths(digest)
     store.write_tree(digest, lambda fd: _write(fd, compile_tree(built.ztoc)))
     _fill(store, paths, digest, tar)
-    target = directory / "mount"
+    target = directory / _TARGET
     target.mkdir()
     return MountSpec(SELFTEST_ID, digest, str(target), str(paths.tree), str(paths.data), str(paths.spans))
 

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.sockets import make_way
 from snapshotter.errors import InvalidLayerFile, UsageError
 from snapshotter.fuse.forker import Forker
 from snapshotter.fuse.holding import HolderClient
@@ -62,9 +63,8 @@ class Status:
         }
 
     async def serve(self, path: Path) -> None:
-        """Answer on the socket at `path` until cancelled."""
-        with suppress(FileNotFoundError):
-            path.unlink()
+        """Answer on the socket at `path` until cancelled. Raises ConfigError, OSError."""
+        make_way(str(path), "--root")
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         await listener.bind(str(path))
         path.chmod(0o600)

@@ -9,7 +9,6 @@ Concurrency: trio; as many layers at once as containerd prepares.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
 from contextlib import aclosing
@@ -17,8 +16,16 @@ from pathlib import Path
 
 import trio
 
-from snapshotter import errors
-from snapshotter.errors import InvalidIndex, ProcessFailed, UnsupportedLayer
+from snapshotter.environment import child_environment
+from snapshotter.errors import (
+    DigestMismatch,
+    InvalidIndex,
+    InvalidLayerFile,
+    InvalidTar,
+    ProcessFailed,
+    SnapshotterError,
+    UnsupportedLayer,
+)
 from snapshotter.layer.inherit import Parent
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import MAX_CONFIG_SIZE, ImageManifest, parse_config
@@ -28,7 +35,10 @@ from snapshotter.registry.client import RegistryClient
 from snapshotter.snapshot.model import Usage
 from snapshotter.units import Digest
 
-_log = logging.getLogger(__name__)
+_ANSWERS: dict[str, type[SnapshotterError]] = {
+    kind.__name__: kind for kind in (DigestMismatch, InvalidLayerFile, InvalidTar, UnsupportedLayer)
+}
+"""What the process may say; anything else is its own failure."""
 
 
 class Unpacker:
@@ -58,9 +68,17 @@ class Unpacker:
                 async for chunk in chunks:
                     await trio.to_thread.run_sync(blob.write, chunk)
             blob.flush()
-            return await self._run(
-                blob.fileno(), tar.fileno(), target, compression=compression, diff_id=diff_id, parents=parents
-            )
+            try:
+                return await self._run(
+                    blob.fileno(),
+                    tar.fileno(),
+                    target,
+                    compression=compression,
+                    diff_id=diff_id,
+                    parents=parents,
+                )
+            except SnapshotterError as error:
+                raise type(error)(f"layer {layer}: {error}") from error
 
     async def _identify(
         self, image: Reference, manifest: ImageManifest, layer: Digest
@@ -85,15 +103,15 @@ class Unpacker:
             "--target", str(target), "--compression", compression, "--diff-id", diff_id,
         ]  # fmt: skip
         result = await trio.run_process(
-            command, stdin=json.dumps(rows).encode(), capture_stdout=True, check=False, pass_fds=(blob, tar)
-        )
+            command, stdin=json.dumps(rows).encode(), capture_stdout=True, check=False, pass_fds=(blob, tar),
+            env=child_environment(),
+        )  # fmt: skip
         try:
             answer = json.loads(result.stdout)
         except ValueError:
             raise ProcessFailed(
-                f"unpacking {target} ended with status {result.returncode} and no answer"
+                f"its unpacking ended with status {result.returncode} and no answer"
             ) from None
         if "error" in answer:
-            kind = getattr(errors, str(answer["error"]), ProcessFailed)
-            raise kind(answer["message"])
+            raise _ANSWERS.get(answer["error"], ProcessFailed)(answer["message"])
         return Usage(answer["size"], answer["inodes"])

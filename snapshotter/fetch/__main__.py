@@ -22,9 +22,9 @@ from snapshotter import logs
 from snapshotter.counters import CounterPage
 from snapshotter.errors import ConfigError
 from snapshotter.fetch.counters import NAMES
-from snapshotter.fetch.memory import use_one_heap
 from snapshotter.fetch.options import Options
 from snapshotter.fetch.service import Service
+from snapshotter.heap import use_one_heap
 from snapshotter.layer.store import LayerStore
 
 SWITCH_INTERVAL = 0.0005

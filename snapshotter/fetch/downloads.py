@@ -25,7 +25,7 @@ from snapshotter.fetch.flight import Flight, Stage
 from snapshotter.fetch.landing import Landing
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.link import BESIDE_SECONDS
-from snapshotter.fetch.memory import Buffers, trim_heap
+from snapshotter.fetch.memory import Buffers
 from snapshotter.fetch.pipeline import Outcome
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.recovery import Recovery
@@ -33,6 +33,7 @@ from snapshotter.fetch.schedule import Batch, Priority
 from snapshotter.fetch.sources import Sources
 from snapshotter.fetch.transfer import Transfer
 from snapshotter.fetch.workers import WorkerPool
+from snapshotter.heap import trim_heap
 from snapshotter.layer.spans import SpanState
 from snapshotter.registry.ranges import RangeClient
 from snapshotter.registry.retry import Timeouts

@@ -4,20 +4,17 @@ Fresh memory is dear: the kernel clears every page on its first use, which in a 
 1 CPU second per GB, a third of what fetching costs altogether. So buffers go back to a list instead of the
 system. The list never holds more than it was told to, and an idle fetcher empties it, and the heap with it.
 
-Concurrency: the main loop only, but for `trim_heap`, which is slow and belongs into a thread.
+Concurrency: the main loop only.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from bisect import insort
 from dataclasses import dataclass, field
 
 ROUND = 1 << 20
 """Buffers are a multiple of this, so that ranges of about the same size can use the same ones."""
-
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 @dataclass(slots=True, order=True)
@@ -56,17 +53,3 @@ class Buffers:
         """Give all free memory back to the system."""
         self._free.clear()
         self.free_bytes = 0
-
-
-def use_one_heap() -> None:
-    """Let all threads of the process allocate from one heap: glibc can trim no other. For the start of a process."""
-    choose = getattr(ctypes.CDLL(None), "mallopt", None)
-    if choose is not None:
-        choose(_M_ARENA_MAX, 1)
-
-
-def trim_heap() -> None:
-    """Let the C library give back what it keeps for later; nothing happens where it has no such call."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

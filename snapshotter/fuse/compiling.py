@@ -10,6 +10,7 @@ Concurrency: one process, one compilation.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import socket
@@ -28,7 +29,7 @@ def compile_job(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     """Compile one tree: arguments `digest`, `base`, `memory_max_bytes`, `cpu_max_s`."""
     memory = arguments["memory_max_bytes"]
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    seconds = int(arguments["cpu_max_s"])
+    seconds = math.ceil(arguments["cpu_max_s"])  # never 0, which ends the child before it begins
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     answer = socket.socket(fileno=fds["answer"])
     try:

@@ -20,12 +20,15 @@ import trio
 from snapshotter.counters import CounterPage
 from snapshotter.errors import HeaderMismatch
 from snapshotter.fuse.spanlink import SpanLink
-from snapshotter.layer import header
+from snapshotter.layer.header import check as check_header
 from snapshotter.layer.spans import SpanState, SpanView
 from snapshotter.layer.tree import Node, Tree
 
 _MAX_TRIES = 8
 """Reads of one range that find it evicted in between, before giving up; each needs an eviction of its own."""
+
+_NOT_AT_ONCE = frozenset({errno.EAGAIN, errno.EOPNOTSUPP})
+"""Not in the page cache; or a file system that cannot tell (tmpfs, among others)."""
 
 
 class Contents:
@@ -58,7 +61,7 @@ class Contents:
     async def _check_header(self, ino: int, node: Node) -> None:
         region = await self._range(node.header_start, node.data_offset, node.data_offset + node.size)
         try:
-            header.check(bytes(region), node.fingerprint)
+            check_header(bytes(region), node.fingerprint)
         except HeaderMismatch as error:
             self._counters.add("header_mismatches")
             path = self._tree.path(ino).decode(errors="backslashreplace")
@@ -90,7 +93,9 @@ class Contents:
         """Fill `buffer` from `data`; from the page cache at once, else in a thread. Returns the bytes read."""
         try:
             got = os.preadv(self._fd, [buffer], start, os.RWF_NOWAIT)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in _NOT_AT_ONCE:
+                raise
             got = 0
         if got == len(buffer):
             return got

@@ -22,12 +22,19 @@ from typing import Any, NamedTuple
 import trio
 
 from snapshotter import messages
+from snapshotter.environment import child_environment
 from snapshotter.errors import ProcessFailed
 
 _log = logging.getLogger(__name__)
 
 _RESPAWN_WAIT_S = 0.2
-"""Pause between two starts of a zygote that died; its start takes about as long."""
+"""Pause between two starts of a zygote that died; its start takes about as long. Doubles as long as they die young."""
+
+_MAX_RESPAWN_WAIT_S = 10.0
+_LONG_LIFE_S = 5.0
+
+_PATIENCE_S = 10.0
+"""How long a request waits for a zygote to be started; it takes a fraction of a second."""
 
 
 class Child(NamedTuple):
@@ -49,6 +56,7 @@ class Forker:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._up = trio.Event()
+        self._sending = trio.Lock()
         self._ids = itertools.count(1)
         self._answers: dict[int, tuple[trio.Event, list[Child | str]]] = {}
 
@@ -59,14 +67,24 @@ class Forker:
 
     async def run(self) -> None:
         """Keep a zygote running and pass its answers on, until cancelled; then it ends, its children do not."""
+        wait = _RESPAWN_WAIT_S
         try:
             while True:
-                self._start()
-                await self._follow()
-                self._fail_all("the zygote died")
-                _log.error("zygote ended; starting another", extra={"pid": self.pid})
+                started = trio.current_time()
+                why = "the zygote died"
+                try:
+                    self._start()
+                except OSError as error:
+                    why = f"the zygote cannot be started: {error}"
+                else:
+                    await self._follow()
+                self._fail_all(why)
+                _log.error("zygote ended; starting another", extra={"pid": self.pid, "reason": why})
                 await self._reap()
-                await trio.sleep(_RESPAWN_WAIT_S)
+                if trio.current_time() - started > _LONG_LIFE_S:
+                    wait = _RESPAWN_WAIT_S
+                await trio.sleep(wait)
+                wait = min(wait * 2, _MAX_RESPAWN_WAIT_S)
         finally:
             with trio.CancelScope(shield=True):
                 await self._reap()
@@ -75,15 +93,15 @@ class Forker:
         self, job: str, *, uid: int, arguments: Mapping[str, Any], fds: Mapping[str, int]
     ) -> Child:
         """Return a new child running `job`; the caller keeps its descriptors. Raises ProcessFailed."""
-        await self._up.wait()
-        assert self._socket is not None
         request = next(self._ids)
-        event, box = self._answers[request] = (trio.Event(), [])
         message = {"id": request, "job": job, "uid": uid, "arguments": arguments, "names": list(fds)}
+        zygote = await self._connection(job)
+        event, box = self._answers[request] = (trio.Event(), [])
         try:
-            messages.send(self._socket, message, list(fds.values()))
+            async with self._sending:
+                await _send(zygote, message, list(fds.values()))
             await event.wait()
-        except OSError as error:
+        except (OSError, trio.ClosedResourceError) as error:
             raise ProcessFailed(f"cannot reach the zygote: {error}") from error
         finally:
             self._answers.pop(request, None)
@@ -92,22 +110,31 @@ class Forker:
             raise ProcessFailed(f"cannot fork {job}: {answer}")
         return answer
 
+    async def _connection(self, job: str) -> socket.socket:
+        """Return the socket of a running zygote; between its return and a first `await` it stays that."""
+        with trio.move_on_after(_PATIENCE_S):
+            while self._socket is None:
+                await self._up.wait()
+        if self._socket is None:
+            raise ProcessFailed(f"cannot fork {job}: no zygote within {_PATIENCE_S:.0f} s")
+        return self._socket
+
     def _start(self) -> None:
-        near, far = messages.pair()
+        """Start a zygote. Raises OSError."""
         os.makedirs(self._empty_root, mode=0o555, exist_ok=True)
+        near, far = messages.pair()
+        command = [sys.executable, "-m", "snapshotter.fuse.zygote"]
         with far:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "snapshotter.fuse.zygote",
-                    str(far.fileno()),
-                    self._empty_root,
-                    self._log_level,
-                ],
-                pass_fds=[far.fileno(), *self._inherited],
-                stdin=subprocess.DEVNULL,
-            )
+            try:
+                self._process = subprocess.Popen(
+                    [*command, str(far.fileno()), self._empty_root, self._log_level],
+                    pass_fds=[far.fileno(), *self._inherited],
+                    stdin=subprocess.DEVNULL,
+                    env=child_environment(),
+                )
+            except OSError:
+                near.close()
+                raise
         near.setblocking(False)
         self._socket = near
         self._up.set()
@@ -134,15 +161,29 @@ class Forker:
                 os.close(answer.pidfd)
 
     def _fail_all(self, why: str) -> None:
-        self._up = trio.Event()
         for event, box in self._answers.values():
             box.append(why)
             event.set()
 
     async def _reap(self) -> None:
+        if self._up.is_set():
+            self._up = trio.Event()
         if self._socket is not None:
+            trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
             self._socket = None
         if self._process is not None:
             self._process.kill()
             await trio.to_thread.run_sync(self._process.wait)
+            self._process = None
+
+
+async def _send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Send when there is room: a host that starts has hundreds of layers to wake."""
+    while True:
+        try:
+            messages.send(sock, message, fds)
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(sock)
+        else:
+            return

@@ -54,6 +54,7 @@ class SpanLink:
         self._demands: dict[int, _Demand] = {}
         self._touched = bytearray(view.span_count)
         self._socket: trio.socket.SocketType | None = None
+        self._sending = trio.Lock()
         self._replaced = trio.Event()
         self._waiting = 0
         signal.signal(signal.SIGALRM, lambda *_ignored: None)
@@ -77,7 +78,7 @@ class SpanLink:
 
     async def _receive(self, sock: trio.socket.SocketType) -> None:
         for span in sorted(self._demands):
-            await sock.send(wire.encode(wire.Want(span, span + 1, span + 1)))
+            await self._send(sock, wire.Want(span, span + 1, span + 1))
         while data := await sock.recv(wire.PACKET_SIZE):
             match wire.decode(data):
                 case wire.Ready(first, end):
@@ -145,7 +146,12 @@ class SpanLink:
         """Send the demand. Without a fetcher nothing is lost: `run` asks again when there is one."""
         if self._socket is not None:
             with suppress(OSError, trio.ClosedResourceError):
-                await self._socket.send(wire.encode(want))
+                await self._send(self._socket, want)
+
+    async def _send(self, sock: trio.socket.SocketType, want: wire.Want) -> None:
+        """Send when there is room. One at a time: two tasks may not wait for room in one socket."""
+        async with self._sending:
+            await sock.send(wire.encode(want))
 
     @contextmanager
     def _demand(self, span: int) -> Iterator[_Demand]:

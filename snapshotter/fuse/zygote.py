@@ -1,4 +1,4 @@
-"""The zygote: a preloaded interpreter without privileges that forks every process which handles foreign bytes.
+"""The zygote: a preloaded interpreter in an empty world that forks every process which handles foreign bytes.
 
 A layer server forked from here answers its first request after some 10 ms instead of 120, and shares the
 pages of the interpreter and of every module with all others. The zygote owns nothing but its socket to the
@@ -92,11 +92,20 @@ def main(argv: list[str]) -> None:
 
 
 def _fork(control: socket.socket, message: messages.Message, fds: list[int]) -> None:
+    """Fork one child. It begins when its pidfd is open: one that had ended before could not be opened any more."""
     job = JOBS[message["job"]]
-    pid = os.fork()
-    if pid == 0:
-        _run_child(control, job, message, fds)
-    pidfd = os.pidfd_open(pid)
+    gate, opener = os.pipe()
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os.close(opener)
+            os.read(gate, 1)
+            os.close(gate)
+            _run_child(control, job, message, fds)
+        pidfd = os.pidfd_open(pid)
+    finally:
+        os.close(gate)
+        os.close(opener)
     try:
         messages.send(control, {"id": message["id"], "pid": pid}, [pidfd])
     finally:

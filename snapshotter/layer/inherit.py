@@ -2,7 +2,8 @@
 
 A tar may hold `usr/share/x` without `usr` and `usr/share`. Unpacking onto parent layers, containerd makes such
 directories with the owner, mode, time and attributes of the same path in the nearest parent that has it; a
-lazy layer has to show the same, or an upper layer would quietly reset the mode of `/tmp`.
+lazy layer has to show the same, or an upper layer would quietly reset the mode of `/tmp`. It looks at each parent
+by itself: links are followed within that parent, and what other parents hide of it does not matter.
 
 Parents are compiled trees (lazy layers) or ordinary directories (layers that were unpacked); a lazy layer's
 mount is never touched.
@@ -14,15 +15,21 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from snapshotter.layer.apply import DirAttributes
 from snapshotter.layer.layout import ROOT_INO
 from snapshotter.layer.tree import Tree
 
 _UNINHERITED = b"trusted."
+_MAX_LINKS = 255
+"""As containerd: a loop is no directory."""
+
+_Place = TypeVar("_Place")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,10 @@ def inherited_attributes(tree: Tree, parents: Sequence[Parent]) -> dict[bytes, D
         if not wanted:
             break
         missing = []
-        with _Layer(parent) as layer:
+        with _open(parent) as files:
             for path in wanted:
                 try:
-                    attributes = layer.directory(path)
+                    attributes = _find(files, path)
                 except _NotADirectory:
                     continue
                 if attributes is None:
@@ -65,57 +72,112 @@ def inherited_attributes(tree: Tree, parents: Sequence[Parent]) -> dict[bytes, D
     return found
 
 
-class _Layer:
-    """One parent, open."""
+class _Files(Protocol[_Place]):
+    """One parent's files; a place is what one of them is known by."""
 
-    def __init__(self, parent: Parent) -> None:
-        self._parent = parent
-        self._tree: Tree | None = None
+    root: _Place
 
-    def __enter__(self) -> _Layer:
-        if self._parent.tree is not None:
-            with open(self._parent.tree, "rb") as file:
-                self._tree = Tree(file.fileno())
-        return self
+    def child(self, place: _Place, name: bytes) -> _Place | None:
+        """Return what a directory has by this name."""
 
-    def __exit__(self, *_exc: object) -> None:
-        if self._tree is not None:
-            self._tree.close()
+    def target(self, place: _Place) -> bytes | None:
+        """Return where a symbolic link leads, None for anything else."""
 
-    def directory(self, path: bytes) -> DirAttributes | None:
-        """Return what the directory at `path` has, None when there is nothing at that path."""
-        if self._tree is not None:
-            return _from_tree(self._tree, path)
-        assert self._parent.directory is not None
-        return _from_disk(os.fsencode(self._parent.directory), path)
+    def attributes(self, place: _Place) -> DirAttributes | None:
+        """Return the attributes of a directory, None for anything else."""
 
 
-def _from_tree(tree: Tree, path: bytes) -> DirAttributes | None:
-    ino = ROOT_INO
-    for name in path.split(b"/"):
-        ino = tree.lookup(ino, name)
-        if not ino:
+def _find(files: _Files[_Place], path: bytes) -> DirAttributes | None:
+    """Return what the directory at `path` has, None when there is nothing at that path. Raises _NotADirectory."""
+    above = [files.root]
+    todo = path.split(b"/")[::-1]
+    links = 0
+    while todo:
+        name = todo.pop()
+        if name == b"..":
+            del above[max(len(above) - 1, 1) :]
+        if name in {b"", b".", b".."}:
+            continue
+        place = files.child(above[-1], name)
+        if place is None:
             return None
-    node = tree.row(ino)
-    if not stat.S_ISDIR(node.mode):
+        target = files.target(place)
+        if target is not None:
+            links += 1
+            if links > _MAX_LINKS:
+                raise _NotADirectory
+            del above[1 if target.startswith(b"/") else len(above) :]
+            todo += target.split(b"/")[::-1]
+            continue
+        if todo and files.attributes(place) is None:
+            raise _NotADirectory
+        above.append(place)
+    attributes = files.attributes(above[-1])
+    if attributes is None:
         raise _NotADirectory
-    xattrs = tuple((name, tree.xattr(ino, name) or b"") for name in tree.xattr_names(ino))
-    return _attributes(node.mode, node.uid, node.gid, node.mtime_ns, xattrs)
+    return attributes
 
 
-def _from_disk(root: bytes, path: bytes) -> DirAttributes | None:
-    here = root
-    for name in path.split(b"/"):
-        here += b"/" + name
+@contextmanager
+def _open(parent: Parent) -> Iterator[_Files[Any]]:
+    if parent.tree is None:
+        assert parent.directory is not None
+        yield _Unpacked(os.fsencode(parent.directory))
+        return
+    with open(parent.tree, "rb") as file:
+        tree = Tree(file.fileno())
+    try:
+        yield _Lazy(tree)
+    finally:
+        tree.close()
+
+
+class _Lazy:
+    """A compiled tree; places are inode numbers."""
+
+    root = ROOT_INO
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+
+    def child(self, place: int, name: bytes) -> int | None:
+        return self._tree.lookup(place, name) or None
+
+    def target(self, place: int) -> bytes | None:
+        return self._tree.readlink(place) if stat.S_ISLNK(self._tree.row(place).mode) else None
+
+    def attributes(self, place: int) -> DirAttributes | None:
+        tree, node = self._tree, self._tree.row(place)
+        if not stat.S_ISDIR(node.mode):
+            return None
+        xattrs = tuple((name, tree.xattr(place, name) or b"") for name in tree.xattr_names(place))
+        return _attributes(node.mode, node.uid, node.gid, node.mtime_ns, xattrs)
+
+
+class _Unpacked:
+    """A directory; places are paths without a link in them."""
+
+    def __init__(self, root: bytes) -> None:
+        self.root = root
+
+    def child(self, place: bytes, name: bytes) -> bytes | None:
+        path = place + b"/" + name
         try:
-            status = os.lstat(here)
-        except (FileNotFoundError, NotADirectoryError):
+            os.lstat(path)
+        except FileNotFoundError:
             return None
-    if not stat.S_ISDIR(status.st_mode):
-        raise _NotADirectory
-    names = [os.fsencode(name) for name in os.listxattr(here, follow_symlinks=False)]
-    xattrs = tuple((name, os.getxattr(here, name, follow_symlinks=False)) for name in names)
-    return _attributes(status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, xattrs)
+        return path
+
+    def target(self, place: bytes) -> bytes | None:
+        return os.readlink(place) if stat.S_ISLNK(os.lstat(place).st_mode) else None
+
+    def attributes(self, place: bytes) -> DirAttributes | None:
+        status = os.lstat(place)
+        if not stat.S_ISDIR(status.st_mode):
+            return None
+        names = [os.fsencode(name) for name in os.listxattr(place, follow_symlinks=False)]
+        xattrs = tuple((name, os.getxattr(place, name, follow_symlinks=False)) for name in names)
+        return _attributes(status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, xattrs)
 
 
 def _attributes(

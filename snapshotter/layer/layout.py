@@ -1,4 +1,6 @@
-"""The bytes of a compiled tree: what `compile` writes and `Tree` reads. Little endian throughout.
+"""The bytes of a compiled tree: what `compile` writes and `Tree` reads.
+
+Little endian throughout, and whole words are read as the host has them: for little-endian hosts only.
 
     header      HEADER_SIZE bytes; see Header
     nodes       one NODE per inode number from 1; a row with mode 0 is an unused number
@@ -62,8 +64,8 @@ START_SIZE: Final = 8
 INO_SIZE: Final = 4
 
 PROBES: Final = 16
-"""Slots that a lookup may see. At most half of the slots are taken, so ordinary names need 1.5 and 2.5 on
-average (found, absent), and about one in a thousand of 100,000 stays out of the table."""
+"""Slots that a lookup may see. At most half of the slots are taken: names that are found need 1.4 to 1.7 on
+average, and 51 of 102,041 (16 of a million in one directory) stayed out of the table."""
 
 HEADER_SIZE: Final = 256
 _HEADER: Final = struct.Struct("<8sI4x15Q32s")  # magic, version, then the fields of Header

@@ -71,8 +71,8 @@ class _Writer:
         directories = [(ROOT_INO, b".")]
         for ino, path in directories:  # grows while it is walked
             directories += self._fill(ino, path)
-        # Only now, deepest first: a file made in a directory would change its time.
-        for ino, path in reversed(directories):
+        # Only now: a file made in a directory would change its time.
+        for ino, path in directories:
             self._finish_directory(ino, path)
         return LayerUsage(self._size, self._inodes)
 

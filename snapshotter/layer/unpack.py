@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from snapshotter.errors import DigestMismatch, SnapshotterError
+from snapshotter.errors import DigestMismatch, ProcessFailed, SnapshotterError
 from snapshotter.layer.compile import compile_tree
 from snapshotter.layer.inherit import Parent, inherited_attributes
 from snapshotter.layer.materialize import LayerUsage, materialize
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--diff-id", type=parse_digest, required=True)
     told = parser.parse_args(argv)
     parents = [Parent(**{kind: Path(path) for kind, path in row.items()}) for row in json.load(sys.stdin)]
-    _leave_network()
     try:
+        _leave_network()
         usage = unpack(
             told.blob,
             told.tar,
@@ -78,6 +78,9 @@ def main(argv: list[str]) -> int:
         )
     except SnapshotterError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return 1
+    except OSError as error:
+        print(json.dumps({"error": ProcessFailed.__name__, "message": f"cannot be unpacked: {error}"}))
         return 1
     print(json.dumps({"size": usage.size, "inodes": usage.inodes}))
     return 0

@@ -27,8 +27,8 @@ from snapshotter.units import Digest
 from tests.conftest import ExpectedLogs
 from tests.support.indexed import IndexedImage, make_index, make_indexed_layer, publish, put_index
 from tests.support.lazylayer import make_tar
-from tests.support.registry import Drop, FlipByte, NoAuth, ReferrersOptions, Registry, Status
 from tests.support.registry import Bearer as BearerAuth
+from tests.support.registry import Drop, FlipByte, NoAuth, ReferrersOptions, Registry, Status
 from tests.support.registry_clients import failure, run
 
 BOTH = Modes(v1=True, v2=True)
@@ -46,7 +46,11 @@ def registry() -> Iterator[Registry]:
 
 
 def find(
-    image: IndexedImage, modes: Modes = BOTH, *, explicit: Digest | None = None, reference: Reference | None = None
+    image: IndexedImage,
+    modes: Modes = BOTH,
+    *,
+    explicit: Digest | None = None,
+    reference: Reference | None = None,
 ) -> Found:
     where = reference or image.reference
     return run(image.registry, lambda client: find_index(client, where, explicit=explicit, modes=modes))
@@ -110,7 +114,9 @@ def test_only_v2_looked_for_and_not_there(registry: Registry) -> None:
         find(image, ONLY_V2)
 
 
-@pytest.mark.parametrize("options", [ReferrersOptions(), ReferrersOptions(filter=True), ReferrersOptions(page=1)])
+@pytest.mark.parametrize(
+    "options", [ReferrersOptions(), ReferrersOptions(filter=True), ReferrersOptions(page=1)]
+)
 def test_v1_by_the_referrers_api(options: ReferrersOptions) -> None:
     with Registry(referrers=options) as registry:
         image = publish(registry, TARS)
@@ -149,13 +155,17 @@ def test_a_dangling_annotation_falls_back_to_v1(
 ) -> None:
     expected_logs.allow("names a SOCI index that cannot be used")
     image = publish(registry, TARS, version=None)
-    image.image = registry.add_image([layer.blob for layer in image.layers], annotations={INDEX_DIGEST: value})
+    image.image = registry.add_image(
+        [layer.blob for layer in image.layers], annotations={INDEX_DIGEST: value}
+    )
     v1 = image.add_v1()
     found = find(image)
     assert (found.index.digest, found.how) == (v1.digest, "v1")
 
 
-def test_a_dangling_annotation_without_v1_is_no_index(registry: Registry, expected_logs: ExpectedLogs) -> None:
+def test_a_dangling_annotation_without_v1_is_no_index(
+    registry: Registry, expected_logs: ExpectedLogs
+) -> None:
     expected_logs.allow("names a SOCI index that cannot be used")
     image = publish(registry, TARS, version=None)
     with pytest.raises(NoIndex):
@@ -319,7 +329,9 @@ def test_referrers_that_cannot_be_asked_for_are_a_registry_error(registry: Regis
     failure(registry, RegistryUnavailable, partial(find, image))
 
 
-@pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationFailed), (403, AuthenticationFailed), (418, RegistryRefused)])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(401, AuthenticationFailed), (403, AuthenticationFailed), (418, RegistryRefused)]
+)
 def test_a_registry_that_refuses(
     registry: Registry, status: int, kind: type[AuthenticationFailed | RegistryRefused]
 ) -> None:

@@ -10,6 +10,7 @@ import trio.testing
 
 from snapshotter.daemon.flights import Flights
 from snapshotter.errors import NoIndex, ProcessFailed
+from tests.support.background import background
 
 
 class Maker:
@@ -32,9 +33,8 @@ def flying(test: Callable[[Flights[str], trio.Nursery], Awaitable[None]]) -> Non
     """Run `test` with a table whose flights end with it."""
 
     async def main() -> None:
-        async with trio.open_nursery() as nursery:
+        async with background() as nursery:
             await test(Flights(nursery), nursery)
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
 
@@ -126,11 +126,10 @@ def test_the_end_of_the_daemon_is_an_error_for_those_who_outlive_it() -> None:
                 await flights.join("key", maker.make)
             caught.append(info)
 
-        async with trio.open_nursery() as grpc:
-            async with trio.open_nursery() as daemon:
-                grpc.start_soon(outside, Flights(daemon))
-                await trio.testing.wait_all_tasks_blocked()
-                daemon.cancel_scope.cancel()
+        async with trio.open_nursery() as grpc, trio.open_nursery() as daemon:
+            grpc.start_soon(outside, Flights(daemon))
+            await trio.testing.wait_all_tasks_blocked()
+            daemon.cancel_scope.cancel()
         assert len(caught) == 1
 
     trio.run(main)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snapshotter.fetch.memory import ROUND, Buffer, Buffers, trim_heap
+from snapshotter.fetch.memory import ROUND, Buffer, Buffers
+from snapshotter.heap import trim_heap
 
 
 def test_a_buffer_that_was_given_back_is_used_again() -> None:

@@ -30,7 +30,7 @@ def with_reader(body: Callable[[Reader, socket.socket, list[wire.Message]], Awai
 
 
 async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110  what is waited for comes over a socket
+    while not condition():
         await trio.sleep(0.001)
 
 

@@ -6,8 +6,9 @@ import dataclasses
 import os
 import random
 import struct
+import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 
 import pytest
@@ -129,9 +130,23 @@ def test_numbers_of_the_whole(tree: Tree) -> None:
     assert tree.content_bytes == 9 + 4 + 2
 
 
-def test_a_plain_layer_has_no_flags() -> None:
-    with closing(open_tree(compile_tree(ztoc_of(tar({"d/": directory(), "d/f": b""}))))) as tree:
-        assert tree.flags == TreeFlags.NONE
+@pytest.mark.parametrize(
+    ("entries", "flags"),
+    [
+        ({"d/": directory(), "d/f": b""}, TreeFlags.NONE),
+        ({"f": Entry(b"", pax=xattr_records({"user.x": b"1"}))}, TreeFlags.HAS_XATTRS),
+        ({"f": Entry(b"", pax=xattr_records({"trusted.x": b"1"}))}, TreeFlags.NONE),
+        ({".wh..wh..opq": b""}, TreeFlags.HAS_XATTRS | TreeFlags.HAS_OPAQUE),
+        ({".wh.f": b""}, TreeFlags.HAS_WHITEOUTS),
+        ({"tty": Entry(type=tarfile.CHRTYPE, major=5)}, TreeFlags.NONE),
+        ({"disk": Entry(type=tarfile.BLKTYPE)}, TreeFlags.NONE),
+        ({"d/f": b""}, TreeFlags.HAS_IMPLICIT_DIRS),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_flags(entries: dict[str, Entry | bytes], flags: TreeFlags) -> None:
+    with closing(open_tree(compile_tree(ztoc_of(tar(entries))))) as tree:
+        assert tree.flags == flags
 
 
 def test_paths_and_implicit_directories(tree: Tree) -> None:
@@ -226,11 +241,39 @@ def test_damage_everywhere(fill: int) -> None:
         use_everything(tree)
 
 
+SECTIONS = layout.Sections.of(layout.Header.unpack(COMPILED[:HEADER_SIZE]))
+TOOL_ROW = SECTIONS.nodes + (5 - 1) * layout.NODE.size  # usr/bin/tool
+ROOT_ROW = SECTIONS.nodes
+
+
+@pytest.mark.parametrize(
+    ("position", "number", "use"),
+    [
+        (SECTIONS.entries, 0xFFFFFFF0, lambda tree: list(tree.children(ROOT_INO))),  # offset of a name
+        (SECTIONS.entries + 4, 0xFFFFFFF0, lambda tree: list(tree.children(ROOT_INO))),  # length of a name
+        (ROOT_ROW + 76, 1000, lambda tree: list(tree.children(ROOT_INO))),  # count of entries
+        (ROOT_ROW + 72, 1000, lambda tree: list(tree.children(ROOT_INO))),  # first entry
+        (TOOL_ROW + 80, 1000, lambda tree: tree.xattr_names(5)),  # first attribute
+        (TOOL_ROW + 84, 1000, lambda tree: tree.xattr(5, b"user.z")),  # count of attributes
+        (TOOL_ROW + 20, 1000, lambda tree: tree.path(5)),  # the entry that leads there
+        (SECTIONS.entries + 12, 1000, lambda tree: tree.path(2)),  # the directory of an entry
+        (SECTIONS.implicit, 1000, lambda tree: list(tree.implicit_dirs())),
+        (SECTIONS.xattrs + 8, 0xFFFFFFF0, lambda tree: tree.xattr(12, b"trusted.overlay.opaque")),
+    ],
+)
+def test_numbers_that_lead_out_of_their_section(
+    position: int, number: int, use: Callable[[Tree], object]
+) -> None:
+    damaged = bytearray(COMPILED)
+    struct.pack_into("<I", damaged, position, number)
+    with closing(open_tree(bytes(damaged))) as tree, pytest.raises(InvalidLayerFile, match="tree file"):
+        use(tree)
+
+
 def test_directories_that_form_a_loop() -> None:
     damaged = bytearray(COMPILED)
-    at = layout.Sections.of(layout.Header.unpack(COMPILED[:HEADER_SIZE])).entries
     for index in range(5):
-        struct.pack_into("<II", damaged, at + index * layout.ENTRY.size + 8, 2, 2)
+        struct.pack_into("<II", damaged, SECTIONS.entries + index * layout.ENTRY.size + 8, 2, 2)
     with (
         closing(open_tree(bytes(damaged))) as tree,
         pytest.raises(InvalidLayerFile, match="not below the root"),

@@ -65,7 +65,9 @@ class IndexedImage:
         """The image by tag and digest, as labels name it."""
         return Reference.parse(self.image.name).with_digest(self.image.digest)
 
-    def add_v1(self, layers: Sequence[Layer] | None = None, *, created: str = "", tool: str = "t") -> SociIndex:
+    def add_v1(
+        self, layers: Sequence[Layer] | None = None, *, created: str = "", tool: str = "t"
+    ) -> SociIndex:
         """Push a v1 index of `layers` (all of the image's) that refers to the image."""
         subject = Descriptor(OCI_MANIFEST, self.image.digest, len(self.image.manifest))
         annotations = {CREATED: created} if created else {}

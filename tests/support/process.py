@@ -107,6 +107,25 @@ def tagged(tag: str) -> set[int]:
     return {pid for pid in descendants(found) if is_alive(pid)} - {os.getpid()}
 
 
+def naming(directory: Path) -> set[int]:
+    """Return the living processes whose command line names something at or below `directory`."""
+    needle = os.fsencode(directory)
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if needle in file.read():
+                    found.add(int(name))
+    return {pid for pid in found if is_alive(pid)} - {os.getpid()}
+
+
+def settle(directory: Path, *, timeout: float = 3.0) -> set[int]:
+    """Return what `naming` still finds after up to `timeout` seconds; normally nothing, and soon."""
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not naming(directory), timeout=timeout, what="they have ended")
+    return naming(directory)
+
+
 def end_all(tag: str, *, timeout: float = 10.0) -> None:
     """Kill every process with `tag` and all below. Raises AssertionError when one stays."""
 
