@@ -84,6 +84,7 @@ class App:
         with ExitStack() as cleanup:
             cleanup.enter_context(RootLock(self._root))
             self._root.chmod(0o700)
+            make_way(str(self._address), "--address")
             lock = await trio.to_thread.run_sync(generation.begin, self._root / "generation")
             cleanup.callback(os.close, lock)
             holder = HolderClient(str(self._root / HOLDER_SOCKET))
@@ -220,7 +221,6 @@ class App:
         server = grpc.server(ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="grpc"))
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
         self._address.parent.mkdir(parents=True, exist_ok=True)
-        make_way(str(self._address), "--address")
         old = os.umask(0o117)
         try:
             server.add_insecure_port(f"unix://{self._address}")

@@ -268,7 +268,7 @@ def test_names_that_lead_out_and_links_that_loop(workdir: Path, registry: Regist
 
 
 def test_a_directory_of_very_many_entries(workdir: Path, registry: Registry) -> None:
-    count = 20_000
+    count = 10_000
     image = publish(registry, [tar((f"d/{number}", b"") for number in range(count))], span_size=1 << 20)
 
     async def test(rig: Providing) -> None:

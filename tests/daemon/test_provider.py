@@ -390,7 +390,7 @@ def test_a_fetcher_that_never_answers_costs_the_mount_timeout(
         assert isinstance(await rig.prepare(image, 0, snapshot_id=2), Lazy)
         assert await rig.read(2, "etc/a") == b"A"
 
-    providing(workdir, registry, test, Options(mount_timeout=2))
+    providing(workdir, registry, test, Options(mount_timeout=1.5))
 
 
 def test_a_mount_that_fails_leaves_nothing(

@@ -57,9 +57,12 @@ class Zygote:
         self.control.settimeout(20)
         self.lock = os.memfd_create("inherited", 0)
         command = [sys.executable, "-m", "tests.support.probezygote", str(far.fileno()), str(empty_root)]
+        # Whoever measures coverage in the zygote writes its file into the empty root.
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
         with far:
             self.process = subprocess.Popen(
                 [*command, "error"],
+                env=environ,
                 pass_fds=[far.fileno(), self.lock],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
