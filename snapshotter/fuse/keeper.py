@@ -92,6 +92,8 @@ class Keeper:
         self._on_gone = on_gone
         self._mounts: dict[int, Mountpoint] = {}
         self._nursery: trio.Nursery | None = None
+        self._fetchers = 0
+        """How many fetchers there have been: a server that was forked meanwhile has a socket to a dead one."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look after the mounts until cancelled. They stay mounted; their servers end with the daemon."""
@@ -139,8 +141,7 @@ class Keeper:
         for spec in specs:
             try:
                 if spec.snapshot_id in held:
-                    _name, fd, init = held.pop(spec.snapshot_id)
-                    self._readopt(spec, fd, init)
+                    await self._readopt(spec, *held.pop(spec.snapshot_id))
                 else:
                     while await trio.to_thread.run_sync(mounting.detach, spec.target):
                         _log.warning("a dead mount was detached", extra={"snapshot": spec.snapshot_id})
@@ -174,17 +175,21 @@ class Keeper:
 
     def fetcher_changed(self) -> None:
         """Give every awake server a socket to the new fetcher."""
+        self._fetchers += 1
         for mountpoint in self._mounts.values():
-            if mountpoint.control is None:
-                continue
-            fd = self._gate.connect(mountpoint.spec.layer)
-            if fd is not None:
-                try:
-                    messages.send(mountpoint.control, {"op": "fetcher"}, [fd])
-                except OSError:
-                    pass  # it has just ended; its successor gets a socket of its own
-                finally:
-                    os.close(fd)
+            self._connect(mountpoint)
+
+    def _connect(self, mountpoint: Mountpoint) -> None:
+        if mountpoint.control is None:
+            return
+        fd = self._gate.connect(mountpoint.spec.layer)
+        if fd is not None:
+            try:
+                messages.send(mountpoint.control, {"op": "fetcher"}, [fd])
+            except OSError:
+                pass  # it has just ended; its successor gets a socket of its own
+            finally:
+                os.close(fd)
 
     def counters(self, snapshot_id: int) -> dict[str, int]:
         """Return the counters of one mount by name. Raises KeyError."""
@@ -199,9 +204,17 @@ class Keeper:
         for mountpoint in list(self._mounts.values()):
             await trio.to_thread.run_sync(self._holder.put, mountpoint.holder_name, mountpoint.fd)
 
-    def _readopt(self, spec: MountSpec, fd: int, init: kernel.Init) -> None:
+    async def _readopt(self, spec: MountSpec, name: str, fd: int, init: kernel.Init) -> None:
+        """Take back one mount. One that cannot be served is let go: its readers get an error instead of waiting."""
+        try:
+            facts = await trio.to_thread.run_sync(_facts, spec.tree)
+        except (OSError, SnapshotterError):
+            os.close(fd)
+            await trio.to_thread.run_sync(self._holder.drop, name)
+            await trio.to_thread.run_sync(mounting.detach, spec.target)
+            raise
         os.write(fd, kernel.resend_notice())
-        self._keep(_mountpoint(spec, fd, init, _facts(spec.tree)))
+        self._keep(_mountpoint(spec, fd, init, facts))
 
     def _set_read_ahead(self, fd: int) -> None:
         try:
@@ -252,7 +265,7 @@ class Keeper:
         await trio.sleep(_backoff(mountpoint.short_lives))
         near, far = messages.pair()
         near.setblocking(False)
-        started = trio.current_time()
+        started, fetchers = trio.current_time(), self._fetchers
         try:
             with far:
                 child = await self._fork(mountpoint, far.fileno())
@@ -269,6 +282,8 @@ class Keeper:
             )
             return
         mountpoint.control, mountpoint.pid, mountpoint.state = near, child.pid, State.AWAKE
+        if self._fetchers != fetchers:
+            self._connect(mountpoint)
         try:
             await trio.lowlevel.wait_readable(child.pidfd)
         finally:

@@ -294,6 +294,24 @@ def test_a_mount_that_no_record_knows_is_let_go(
     trio.run(main)
 
 
+def test_a_held_mount_that_cannot_be_served_is_an_error_not_a_hang(
+    workdir: Path, layer: LazyLayer, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("could not be restored")
+    spec = layer.spec(1, workdir / "m")
+
+    async def main() -> None:
+        async with keeping(workdir, leave=True) as kept:
+            await kept.keeper.mount(spec)
+        os.truncate(layer.paths.tree, 10)
+        async with keeping(workdir) as kept:
+            assert await kept.keeper.restore([spec]) == [spec]
+            assert kept.holder.kept() == {}
+            assert await shell(f"ls {spec.target}") == ""  # the empty directory below
+
+    trio.run(main)
+
+
 def test_a_layer_that_is_damaged_does_not_keep_the_others_away(
     workdir: Path, layer: LazyLayer, labelled: LazyLayer, expected_logs: ExpectedLogs
 ) -> None:

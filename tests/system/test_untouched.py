@@ -44,8 +44,8 @@ def test_everything_works_while_no_lazy_path_can_be_resolved(
         ctr(*SNAPSHOTS, "prepare", f"up-{name}", name, timeout=10)
         ctr(*SNAPSHOTS, "view", f"view-{name}", name, timeout=10)
         ctr(*SNAPSHOTS, "mounts", str(module_workdir / "target"), f"up-{name}", timeout=10)
-        ctr(*SNAPSHOTS, "rm", f"up-{name}", timeout=10)
-        ctr(*SNAPSHOTS, "rm", f"view-{name}", timeout=10)
+        for key in (f"up-{name}", f"view-{name}"):  # containerd may have collected them by now
+            ctr(*SNAPSHOTS, "rm", key, timeout=10, check=False)
     assert len(system.mounts()) == 2
     assert system.daemon.metrics()["soci_fetch_layers_open"] == 2
     system.daemon.stop()
