@@ -83,7 +83,7 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The line of JSON: seconds, their ratio (full over lazy), compressed bytes, on-demand range requests."""
+    """The line of JSON: seconds, their ratio (lazy over full), compressed bytes, on-demand range requests."""
 
     image: str
     full_s: float
@@ -138,7 +138,7 @@ class Demo:
             image=f"{RECIPE.name}@{image.digest}",
             full_s=round(full.total, 2),
             lazy_s=round(lazy.total, 2),
-            ratio=round(full.total / lazy.total, 2),
+            ratio=round(lazy.total / full.total, 2),
             bytes_image=image.size,
             bytes_fetched=fetched,
             requests=requests,
