@@ -16,14 +16,12 @@ from pathlib import Path
 
 from snapshotter import __version__, logs
 from snapshotter.daemon.config.loading import DEFAULT_PATH, Loaded, load
+from snapshotter.daemon.sockets import PATH_MAX
 from snapshotter.errors import ConfigError
 
 PROGRAM = "soci-snapshotter-grpc"
 DEFAULT_ADDRESS = "/run/soci-snapshotter-grpc/soci-snapshotter-grpc.sock"
 DEFAULT_ROOT = Path("/var/lib/soci-snapshotter-grpc")
-
-_SOCKET_PATH_MAX = 107
-"""Bytes of a unix socket's path that fit into sockaddr_un, its final zero apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +51,8 @@ def parse_address(text: str, source: str = "--address") -> Address:
         raise ConfigError(
             f"{source}: must be an absolute path, unix:///an/absolute/path or fd://, got {text!r}"
         )
-    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-        raise ConfigError(f"{source}: a socket's path has at most {_SOCKET_PATH_MAX} bytes, got {text!r}")
+    if len(os.fsencode(path)) > PATH_MAX:
+        raise ConfigError(f"{source}: a socket's path has at most {PATH_MAX} bytes, got {text!r}")
     return Address(Path(path))
 
 
