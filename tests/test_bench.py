@@ -1,4 +1,4 @@
-"""What the demo stands on, as far as it needs no package from outside."""
+"""What the demo and the benchmarks stand on, as far as it needs no package from outside."""
 
 import dataclasses
 import gzip
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import demo, image
+from bench.figures import Figure, summary
 from bench.image import Recipe
 
 SMALL = Recipe("small", packages=(), files=(("app/main.py", "print(1)\n"),), weights=2 << 20)
@@ -64,3 +65,27 @@ def test_a_link_is_read_from_the_command_line() -> None:
     assert (link.delay, link.rate) == (0.01, 125e6)
     with pytest.raises(ValueError, match="unpack"):
         demo.parse_link("10")
+
+
+def test_a_figure_says_whether_its_goal_is_met() -> None:
+    wall = Figure("create", "x reference", 0.33333, 0.33)
+    assert wall.met is False
+    assert json.loads(wall.to_json()) == {
+        "figure": "create",
+        "goal": "<= 0.33 x reference",
+        "got": 0.3333,
+        "unit": "x reference",
+        "met": False,
+    }
+    rate = Figure("rate", "MB/s", 700.0, 450, better="more", detail={"layers": [1, 2]})
+    assert rate.met is True
+    assert json.loads(rate.to_json())["layers"] == [1, 2]
+    absent = Figure("lazy", "x", None, 0.4, detail={"reason": "no reference"})
+    told = Figure("size", "MiB", 3.0)
+    assert absent.met is told.met is None
+    assert json.loads(told.to_json())["goal"] == ""
+    assert json.loads(summary([wall, rate, absent, told])) == {
+        "goals": 3,
+        "missed": ["create"],
+        "not_measured": ["lazy"],
+    }
