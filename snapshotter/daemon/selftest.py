@@ -48,11 +48,11 @@ async def find_obstacle(keeper: Keeper, directory: Path) -> str:
     try:
         await trio.to_thread.run_sync(_clear, directory)
         spec = await trio.to_thread.run_sync(_make_layer, directory)
-        await keeper.mount(spec)
+        mountpoint = await keeper.mount(spec)
     except (SnapshotterError, OSError, ValueError) as error:
         return f"cannot mount: {error}"
     try:
-        if not keeper.mounts[SELFTEST_ID].init.has_resend:
+        if not mountpoint.init.has_resend:
             return "this kernel cannot send FUSE requests again (FUSE_NOTIFY_RESEND came with Linux 6.9)"
         with trio.fail_after(_TIMEOUT_S):
             result = await trio.run_process(
@@ -69,6 +69,8 @@ async def find_obstacle(keeper: Keeper, directory: Path) -> str:
     finally:
         with trio.CancelScope(shield=True):
             await keeper.unmount(SELFTEST_ID)
+            with trio.move_on_after(_TIMEOUT_S):  # the next test may not find this one's mount
+                await mountpoint.gone.wait()
     return ""
 
 

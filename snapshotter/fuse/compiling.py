@@ -2,7 +2,8 @@
 
 The child has limits on memory and processor time, sees no file but the two it was given, and answers on a
 socket with one message: {"ok": true, …} or {"error": class name, "message": text}. A child that ends
-without a word was killed by its limits.
+without a word was killed by its limits: CPython without any memory left may not even get out of a `with`
+block, and turns there until its processor time is used up.
 
 Concurrency: one process, one compilation.
 """
@@ -24,11 +25,16 @@ from snapshotter.units import parse_digest
 DESCRIPTORS = ("ztoc", "tree", "answer", "inherited")
 """What the job is given: the zTOC to read, the file to write, the socket to answer on, directory attributes."""
 
+_LAST_WORDS_BYTES = 16 << 20
+"""What a child whose memory is used up gets on top, to be able to say so."""
+
 
 def compile_job(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     """Compile one tree: arguments `digest`, `base`, `memory_max_bytes`, `cpu_max_s`."""
     memory = arguments["memory_max_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    most = memory + _LAST_WORDS_BYTES
+    last = (most, most)  # made now: when it is needed, not even a number can be made
+    resource.setrlimit(resource.RLIMIT_AS, (memory, most))
     seconds = math.ceil(arguments["cpu_max_s"])  # never 0, which ends the child before it begins
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     answer = socket.socket(fileno=fds["answer"])
@@ -43,6 +49,7 @@ def compile_job(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     except errors.SnapshotterError as error:
         messages.send(answer, {"error": type(error).__name__, "message": str(error)[:4096]})
     except MemoryError:
+        resource.setrlimit(resource.RLIMIT_AS, last)
         messages.send(answer, {"error": "InvalidZtoc", "message": f"the zTOC needs more than {memory} bytes"})
     else:
         messages.send(answer, {"ok": True})

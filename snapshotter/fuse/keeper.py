@@ -107,12 +107,16 @@ class Keeper:
         return self._mounts
 
     async def mount(self, spec: MountSpec) -> Mountpoint:
-        """Mount a layer, asleep. Raises OSError, ValueError (kernel too old), ProcessFailed (no holder),
-        InvalidLayerFile (its tree).
+        """Mount a layer, asleep. Raises OSError, ValueError (kernel too old; an older mount of this snapshot has
+        not ended yet), ProcessFailed (no holder), InvalidLayerFile (its tree).
 
         Order: mount, store the descriptor, answer INIT. A crash between any two leaves a dead mount, which
         `restore` detaches and makes again.
         """
+        if spec.snapshot_id in self._mounts:
+            raise ValueError(
+                f"snapshot {spec.snapshot_id} is mounted already, or its last mount has not ended yet"
+            )
         facts = await trio.to_thread.run_sync(_facts, spec.tree)
         fd, unique, init = await trio.to_thread.run_sync(make_mount, spec.target)
         try:
@@ -327,6 +331,7 @@ class Keeper:
         del self._mounts[mountpoint.spec.snapshot_id]
         os.close(mountpoint.fd)
         os.close(mountpoint.counters_fd)
+        mountpoint.gone.set()
         self._on_gone(mountpoint.spec, counters)
 
 

@@ -66,6 +66,7 @@ class Mountpoint:
     control: socket.socket | None = None
     short_lives: int = 0
     wanted: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
 
     @property
     def holder_name(self) -> str:

@@ -210,7 +210,10 @@ def test_an_unmounted_layer_serves_until_its_last_user_is_gone(workdir: Path, la
         async with keeping(workdir) as kept:
             target = workdir / "m"
             await kept.keeper.mount(layer.spec(1, target))
-            late = f"exec 3< {target}/d/f01; echo open > {workdir}/flag; sleep 1; sha256sum <&3"
+            late = (
+                f"exec 3< {target}/d/f01; echo > {workdir}/opened; "
+                f"until [ -e {workdir}/read ]; do sleep 0.05; done; sha256sum <&3"
+            )
             results: list[str] = []
 
             async def read() -> None:
@@ -218,11 +221,14 @@ def test_an_unmounted_layer_serves_until_its_last_user_is_gone(workdir: Path, la
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(read)
-                while not (workdir / "flag").exists():
+                while not (workdir / "opened").exists():
                     await trio.sleep(0.01)
                 await kept.keeper.unmount(1)
                 await trio.sleep(0.3)
                 assert 1 in kept.keeper.mounts
+                with pytest.raises(ValueError, match="has not ended yet"):
+                    await kept.keeper.mount(layer.spec(1, target))
+                (workdir / "read").touch()
             assert results[0].split()[0] == hashlib.sha256(FILES["d/f01"]).hexdigest()
             await kept.until_gone(1)
 

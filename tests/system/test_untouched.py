@@ -1,6 +1,6 @@
 """Nobody who holds a FUSE descriptor resolves a path at or below a lazy mount.
 
-Every layer server is stopped, so that whoever asks a lazy mount for anything waits for ever; then everything that
+Every layer server and the zygote are stopped, so that whoever asks a lazy mount for anything waits for ever; then everything that
 the daemon does for containerd, for an operator and for itself is done, and has to end.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.images import ImageBuilder
@@ -18,10 +19,13 @@ SNAPSHOTS = ("snapshots", "--snapshotter", "soci")
 
 
 def freeze(system: LazySystem) -> list[int]:
-    """Wake and stop every layer server, and empty the kernel's caches."""
-    pids = [mount["pid"] for mount in system.mounts() if mount["pid"]]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+    """Stop every layer server and who starts them, and empty the kernel's caches; return who was stopped."""
+    pids = [system.daemon.status()["pids"]["zygote"]]
+    os.kill(pids[0], signal.SIGSTOP)
+    for pid in [mount["pid"] for mount in system.mounts() if mount["pid"]]:
+        with suppress(ProcessLookupError):  # it has just gone to sleep, and now nobody can wake it
+            os.kill(pid, signal.SIGSTOP)
+            pids.append(pid)
     Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
     return pids
 
@@ -50,7 +54,8 @@ def test_everything_works_while_no_lazy_path_can_be_resolved(
     assert system.daemon.metrics()["soci_fetch_layers_open"] == 2
     system.daemon.stop()
     for pid in frozen:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # who lived for the daemon alone has ended with it
+            os.kill(pid, signal.SIGKILL)
     system.daemon.start()
     assert len(system.mounts()) == 2
     freeze(system)
