@@ -36,7 +36,7 @@ HOMES: dict[str, set[str]] = {
     "urllib3": {"registry"},
     "grpc": {"daemon", "containerd", "api"},
     "google": {"daemon", "containerd", "api"},
-    "prometheus_client": {"daemon.metrics"},
+    "prometheus_client": {"daemon.metrics", "daemon.reference_metrics", "daemon.web"},
     "zstandard": {"ztoc"},
     "isal": {"ztoc"},
     "zlib_ng": {"ztoc"},

@@ -15,10 +15,9 @@ import json
 import logging
 import os
 import signal
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -26,13 +25,17 @@ import trio
 
 from snapshotter import __version__
 from snapshotter.api import snapshots_pb2_grpc
-from snapshotter.daemon import generation, metrics, selftest
+from snapshotter.daemon import generation, selftest, web
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.metrics import Collector
+from snapshotter.daemon.numbers import Numbers
+from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
+from snapshotter.daemon.reference_metrics import ReferenceCollector
 from snapshotter.daemon.service import SnapshotsService
 from snapshotter.daemon.sockets import PATH_MAX, make_way
 from snapshotter.daemon.sources import BlobSources
@@ -72,7 +75,8 @@ class App:
         self._root = root
         self._address = address
         self._log_level = log_level
-        self._totals: metrics.Totals
+        self._phases = Phases()
+        self._numbers: Numbers
         self._keeper: Keeper
         self._fetcher: FetcherProcess
         self._provider: Provider
@@ -116,12 +120,18 @@ class App:
         """Make the parts and run them, in the order of the module's docstring."""
         root = self._root
         forker = Forker(str(root / "empty"), inherited_fds=[lock], log_level=self._log_level)
-        sources = BlobSources(client)
+        sources = BlobSources(client, self._phases)
         self._fetcher = self._make_fetcher(sources, lock)
         self._keeper = self._make_keeper(holder, forker)
-        self._totals = metrics.Totals(self._counters_of_mounts)
         store = SnapshotStore(metadata_path(root))
         self._provider = self._make_provider(client, sources, forker, store, nursery)
+        self._numbers = Numbers(
+            keeper=self._keeper,
+            fetcher=self._fetcher,
+            provider=self._provider,
+            store=store,
+            phases=self._phases,
+        )
         status = Status(
             holder=holder,
             forker=forker,
@@ -187,13 +197,14 @@ class App:
             root=root,
             layers=layers,
             store=store,
-            catalog=Catalog(root, client, modes, nursery),
-            artifacts=LayerArtifacts(layers, client, forker, limits, nursery),
+            catalog=Catalog(root, client, modes, nursery, self._phases),
+            artifacts=LayerArtifacts(layers, client, forker, limits, nursery, self._phases),
             sources=sources,
             fetcher=self._fetcher,
             keeper=self._keeper,
             unpacker=Unpacker(root, client),
             nursery=nursery,
+            phases=self._phases,
         )
 
     async def _test_laziness(self) -> None:
@@ -237,39 +248,20 @@ class App:
         if not config.metrics_address or config.no_prometheus:
             return
         try:
-            stop = metrics.serve(self, config.metrics_network, config.metrics_address)
+            stop = web.serve(
+                [Collector(self._numbers), ReferenceCollector(self._numbers)],
+                self._numbers.health,
+                config.metrics_network,
+                config.metrics_address,
+            )
         except OSError as error:
             raise ConfigError(
                 f"metrics_address: cannot listen on {config.metrics_address}: {error.strerror or error}"
             ) from error
         cleanup.callback(stop)
 
-    # --- numbers for /metrics ---------------------------------------------------------------------------------
-
-    def mounts(self) -> Mapping[str, int]:
-        """Return how many lazy mounts there are, by state."""
-        found = Counter(str(each.state) for each in list(self._keeper.mounts.values()))
-        return {"asleep": 0, "waking": 0, "awake": 0} | found
-
-    def served(self) -> Mapping[str, int]:
-        """Return the layer servers' counters, summed."""
-        return self._totals.sum()
-
-    def fetched(self) -> Mapping[str, int]:
-        """Return the fetcher's counters."""
-        return self._fetcher.counters()
-
-    def fallbacks(self) -> Mapping[str, int]:
-        """Return how often a layer was not lazy, by reason."""
-        return dict(self._provider.fallbacks)
-
-    def _counters_of_mounts(self) -> Iterator[Mapping[str, int]]:
-        for snapshot_id in list(self._keeper.mounts):
-            with suppress(KeyError, OSError):
-                yield self._keeper.counters(snapshot_id)
-
     def _note_gone(self, spec: MountSpec, counters: Mapping[str, int]) -> None:
-        self._totals.retire(counters)
+        self._numbers.retire(spec, counters)
         if spec.snapshot_id != selftest.SELFTEST_ID:
             self._provider.gone(spec)
 

@@ -28,6 +28,7 @@ import trio
 
 from snapshotter import messages
 from snapshotter.daemon.flights import Flights
+from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.errors import DigestMismatch, InvalidLayerFile, InvalidZtoc, UnsupportedLayer
 from snapshotter.fuse.compiling import inherited_memfd
 from snapshotter.fuse.forker import Forker
@@ -73,7 +74,9 @@ class LayerArtifacts:
         forker: Forker,
         limits: CompileLimits,
         nursery: trio.Nursery,
+        phases: Phases,
     ) -> None:
+        self._phases = phases
         self._store = store
         self._client = client
         self._forker = forker
@@ -135,7 +138,8 @@ class LayerArtifacts:
             raise UnsupportedLayer(
                 f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
             )
-        data = await self._client.blob(image, ztoc, max_size=ztoc.size)
+        with self._phases.timed(Phase.ZTOC):
+            data = await self._client.blob(image, ztoc, max_size=ztoc.size)
         await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
 
     def _open(self, layer: Digest, variant: str = "") -> Tree:
@@ -175,7 +179,8 @@ class LayerArtifacts:
         def write(fd: int) -> None:
             trio.from_thread.run(self._run_child, layer, ztoc, fd, base, inherited)
 
-        await trio.to_thread.run_sync(self._store.write_tree, layer, write, variant)
+        with self._phases.timed(Phase.COMPILE):
+            await trio.to_thread.run_sync(self._store.write_tree, layer, write, variant)
         _log.info(
             "tree compiled",
             extra={"layer": layer, "variant": variant, "seconds": round(trio.current_time() - started, 3)},

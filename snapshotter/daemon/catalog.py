@@ -21,6 +21,7 @@ import trio
 
 from snapshotter.daemon.discovery import Found, Modes, find_index
 from snapshotter.daemon.flights import Flights
+from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.errors import CorruptData, NoIndex, SnapshotterError
 from snapshotter.oci.manifest import ImageManifest
 from snapshotter.oci.manifest import parse as parse_manifest
@@ -45,7 +46,10 @@ _Key = tuple[str, Digest, Digest | None]
 class Catalog:
     """Resolves images, each once."""
 
-    def __init__(self, root: Path, client: RegistryClient, modes: Modes, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, root: Path, client: RegistryClient, modes: Modes, nursery: trio.Nursery, phases: Phases
+    ) -> None:
+        self._phases = phases
         self._directory = root / "images"
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._client = client
@@ -76,7 +80,8 @@ class Catalog:
         found = await trio.to_thread.run_sync(self._load, image.digest, explicit)
         if found is None:
             try:
-                found = await find_index(self._client, image, explicit=explicit, modes=self._modes)
+                with self._phases.timed(Phase.INDEX, answers=(NoIndex,)):
+                    found = await find_index(self._client, image, explicit=explicit, modes=self._modes)
             except SnapshotterError as error:
                 holds = _NO_INDEX_HOLDS_S if isinstance(error, NoIndex) else _FAILURE_HOLDS_S
                 self._failed = {k: v for k, v in self._failed.items() if v[0] > trio.current_time()}

@@ -1,31 +1,22 @@
-"""/metrics: what the counters of all processes say, at the moment of a scrape.
+"""Our metrics: what the counters of all processes say, at the moment of a scrape.
 
 No process but the daemon knows Prometheus; they count into shared pages (snapshotter/counters.py), and this
-collector reads the pages. Counters of a mount that is gone are folded into a sum, so that nothing ever
-goes backwards.
+collector reads the pages. Every label has a fixed set of values: nothing here grows with images or layers.
 
-Concurrency: a scrape runs in prometheus-client's server thread and reads snapshots of plain numbers.
+Concurrency: a scrape runs in a thread of the server (`web.py`) and reads snapshots of plain numbers.
 """
 
 from __future__ import annotations
 
-import logging
-import socket
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from socketserver import TCPServer, ThreadingMixIn
-from typing import Any, Protocol
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from snapshotter.daemon.sockets import make_way
+from snapshotter.daemon.phases import BUCKETS_S, Phase, Timings
 from snapshotter.fetch.counters import GAUGES, WAIT_BUCKETS, WAIT_NAMES
 from snapshotter.fuse.counters import NAMES, REQUEST_KINDS
-
-_log = logging.getLogger(__name__)
 
 
 class Numbers(Protocol):
@@ -42,6 +33,9 @@ class Numbers(Protocol):
 
     def fallbacks(self) -> Mapping[str, int]:
         """Return how often a layer was not lazy, by reason."""
+
+    def phases(self) -> Mapping[Phase, Timings]:
+        """Return how long the steps of cold starts took."""
 
 
 class Collector:
@@ -80,120 +74,43 @@ class Collector:
         for reason, count in sorted(self._numbers.fallbacks().items()):
             fallbacks.add_metric([reason], count)
         yield fallbacks
+        yield from _phases(self._numbers.phases())
 
 
 SERVER_GAUGES = frozenset({"reads_waiting"})
 """Of the servers' counters, those that go down as well."""
 
 
-def _plain(prefix: str, name: str, value: int, *, gauge: bool) -> Metric:
+def _plain(prefix: str, name: str, value: float, *, gauge: bool) -> Metric:
+    if name.endswith("_us"):  # Prometheus wants base units
+        name, value = name.removesuffix("us") + "seconds", value / 1e6
     family = GaugeMetricFamily if gauge else CounterMetricFamily
     return family(prefix + name, f"{name.replace('_', ' ').capitalize()}.", value=value)
 
 
+def _phases(phases: Mapping[Phase, Timings]) -> Iterator[Metric]:
+    durations = HistogramMetricFamily("soci_phase_seconds", "Steps of cold starts.", labels=["phase"])
+    failures = CounterMetricFamily(
+        "soci_phase_failures", "Steps of cold starts that failed.", labels=["phase"]
+    )
+    for phase, timings in phases.items():
+        durations.add_metric([phase], cumulative(BUCKETS_S, timings.counts), timings.sum_s)
+        failures.add_metric([phase], timings.failures)
+    yield durations
+    yield failures
+
+
+def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return Prometheus' buckets, each with those below it, of counts of each bucket alone (the last: the rest)."""
+    sums = accumulate(counts)
+    return [(bound, float(total)) for bound, total in zip((*map(str, bounds), "+Inf"), sums, strict=True)]
+
+
 def _waits(fetched: Mapping[str, int]) -> Metric:
     """Return the histogram of how long readers waited for spans, in seconds."""
-    buckets, so_far = [], 0
-    for bound, name in zip((*map(str, WAIT_BUCKETS), "+Inf"), WAIT_NAMES, strict=True):
-        so_far += fetched.get(name, 0)
-        buckets.append((bound, float(so_far)))
     family = HistogramMetricFamily(
         "soci_fetch_wait_seconds", "Waits of readers for a span that was not there."
     )
+    buckets = cumulative(WAIT_BUCKETS, [fetched.get(name, 0) for name in WAIT_NAMES])
     family.add_metric([], buckets, fetched.get("wait_microseconds", 0) / 1e6)
     return family
-
-
-class Totals:
-    """Counters of mounts: those that are, plus those that were.
-
-    Concurrency: `retire` and `sum` may be called from different threads. Between the end of a mount and its `retire`
-    its counts are nowhere; what was told once is therefore never taken back.
-    """
-
-    def __init__(self, current: Callable[[], Iterator[Mapping[str, int]]]) -> None:
-        self._current = current
-        self._past: Counter[str] = Counter()
-        self._told: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def retire(self, counters: Mapping[str, int]) -> None:
-        """Keep the counts of a mount that has ended."""
-        with self._lock:
-            self._past.update({name: n for name, n in counters.items() if name not in SERVER_GAUGES})
-
-    def sum(self) -> dict[str, int]:
-        """Return the sums by name."""
-        with self._lock:
-            total = Counter(self._past)
-            for counters in self._current():
-                total.update(counters)
-            counted = {name: n for name, n in total.items() if name not in SERVER_GAUGES}
-            self._told = {name: max(n, self._told.get(name, 0)) for name, n in counted.items()} | {
-                name: n for name, n in self._told.items() if name not in counted
-            }
-            return dict(total) | self._told
-
-
-def serve(numbers: Numbers, network: str, address: str) -> Callable[[], None]:
-    """Serve /metrics at `address` (host:port, or a socket's path with network "unix"); return what stops it.
-
-    Raises OSError or ConfigError when the address cannot be had.
-    """
-    registry = CollectorRegistry()
-    registry.register(Collector(numbers))
-    where: Any = address
-    if network == "unix":
-        make_way(address, "metrics_address")
-        server: _Server = _UnixServer(where, _Handler)
-    else:
-        host, _, port = address.rpartition(":")
-        server = _Server((host.strip("[]"), int(port)), _Handler)
-    server.set_app(make_wsgi_app(registry))
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return stop
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    """One thread per scrape, so that a scraper that hangs keeps nobody else away."""
-
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the base class calls it so
-        """Note a scrape that broke off, where the base class would print a traceback."""
-        _log.info("a scrape failed", exc_info=True)
-
-
-class _UnixServer(_Server):
-    """The same on a unix socket, which has no host name and no port."""
-
-    address_family = socket.AF_UNIX
-
-    def server_bind(self) -> None:
-        """Bind without asking for a host name."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = "localhost", 0
-        self.setup_environ()
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; its peer has no address, and the handler wants one."""
-        connection, _address = super().get_request()
-        return connection, ("local", 0)
-
-
-class _Handler(WSGIRequestHandler):
-    """Answers without a line on stderr for each scrape."""
-
-    def address_string(self) -> str:
-        """Return a name for the peer; on a unix socket it has none."""
-        return "local"
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
-        """Say nothing."""

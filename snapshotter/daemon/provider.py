@@ -25,6 +25,7 @@ from snapshotter.daemon.artifacts import LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Found
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.unpacking import Unpacker
 from snapshotter.errors import (
@@ -114,8 +115,10 @@ class Provider:
         keeper: Keeper,
         unpacker: Unpacker,
         nursery: trio.Nursery,
+        phases: Phases,
         not_lazy: str = "",
     ) -> None:
+        self._phases = phases
         self._settings = settings
         self._snapshots = root / "snapshotter" / "snapshots"
         self._layers = layers
@@ -247,7 +250,7 @@ class Provider:
         if size.isdigit() and int(size) < self._settings.min_layer_size:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
-        with trio.fail_after(self._settings.mount_timeout_s):
+        with self._phases.timed(Phase.PROVIDE), trio.fail_after(self._settings.mount_timeout_s):
             async with self._lock(layer):
                 await self._artifacts.ensure(asked.image, layer, ztoc)
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
@@ -276,7 +279,8 @@ class Provider:
         await trio.to_thread.run_sync(self._store.record_mount, record)
         self._recorded[request.snapshot_id] = asked.layer
         try:
-            await self._keeper.mount(self._spec(request.snapshot_id, asked.layer, variant))
+            with self._phases.timed(Phase.MOUNT):
+                await self._keeper.mount(self._spec(request.snapshot_id, asked.layer, variant))
         except BaseException:
             del self._recorded[request.snapshot_id]
             self._store.forget_mount(request.snapshot_id)
@@ -285,9 +289,10 @@ class Provider:
     async def _provide_locally(self, request: LayerRequest, asked: Asked, found: Found) -> Provided:
         try:
             parents = self._parents(request.parent_ids)
-            usage = await self._unpacker.unpack(
-                asked.image, found.manifest, asked.layer, request.directory, parents
-            )
+            with self._phases.timed(Phase.UNPACK):
+                usage = await self._unpacker.unpack(
+                    asked.image, found.manifest, asked.layer, request.directory, parents
+                )
         except (SnapshotterError, OSError) as error:
             return self._deferred("unpack-failed", request, error)
         return Local(usage)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 
+from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.errors import BlobNotFound, RegistryError
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
@@ -22,8 +23,9 @@ _log = logging.getLogger(__name__)
 class BlobSources:
     """Finds the source of a layer's blob."""
 
-    def __init__(self, client: RegistryClient) -> None:
+    def __init__(self, client: RegistryClient, phases: Phases) -> None:
         self._client = client
+        self._phases = phases
         self._images: dict[Digest, dict[str, Reference]] = {}
 
     def learn(self, layer: Digest, image: Reference) -> None:
@@ -41,7 +43,8 @@ class BlobSources:
         failure: RegistryError = BlobNotFound(f"no image is known that has layer {layer}")
         for image in reversed(tuple(self._images.get(layer, {}).values())):
             try:
-                return await self._client.blob_source(image, layer, renew=renew)
+                with self._phases.timed(Phase.SOURCE):
+                    return await self._client.blob_source(image, layer, renew=renew)
             except RegistryError as error:
                 _log.warning(
                     "a repository does not give a layer",

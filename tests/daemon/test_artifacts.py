@@ -12,6 +12,7 @@ import trio
 import trio.lowlevel
 
 from snapshotter.daemon.artifacts import MAX_ZTOC_SIZE, CompileLimits, LayerArtifacts
+from snapshotter.daemon.phases import Phases
 from snapshotter.errors import (
     BlobNotFound,
     DigestMismatch,
@@ -82,7 +83,7 @@ def with_rig(
     async def main() -> None:
         async with client_for(registry) as client, forking(root) as forker, background() as nursery:
             store = LayerStore(root)
-            artifacts = LayerArtifacts(store, client, forker, limits, nursery)
+            artifacts = LayerArtifacts(store, client, forker, limits, nursery, Phases())
             await test(Rig(registry, store, artifacts, registry.reference("app", "v1")))
 
     trio.run(main)

@@ -11,6 +11,7 @@ import trio.testing
 
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Modes
+from snapshotter.daemon.phases import Phases
 from snapshotter.errors import NoIndex, RegistryUnavailable
 from snapshotter.soci.index import IndexVersion
 from snapshotter.units import Digest, digest_hex
@@ -45,7 +46,7 @@ def catalogued(root: Path, registry: Registry, test: Test, modes: Modes = BOTH) 
 
     async def main() -> None:
         async with client_for(registry, retry=ONCE) as client, background() as nursery:
-            await test(Catalog(root, client, modes, nursery), clock)
+            await test(Catalog(root, client, modes, nursery, Phases()), clock)
 
     trio.run(main, clock=clock)
 
@@ -197,15 +198,21 @@ def test_damaged_files_are_found_again(tmp_path: Path, image: IndexedImage, name
 
     async def main() -> None:
         async with client_for(registry, retry=ONCE) as client, background() as nursery:
-            first = await Catalog(tmp_path, client, BOTH, nursery).resolve(image.reference, None)
+            first = await Catalog(tmp_path, client, BOTH, nursery, Phases()).resolve(image.reference, None)
             for kind in ("gone", "flipped", "empty", "rubbish"):
                 (path,) = directory_of(tmp_path, image).glob(f"{name}*")
                 damage(path, kind)
                 registry.clear_requests()
-                assert await Catalog(tmp_path, client, BOTH, nursery).resolve(image.reference, None) == first
+                assert (
+                    await Catalog(tmp_path, client, BOTH, nursery, Phases()).resolve(image.reference, None)
+                    == first
+                )
                 assert registry.requests != [], kind
                 registry.clear_requests()  # and now it is whole again
-                assert await Catalog(tmp_path, client, BOTH, nursery).resolve(image.reference, None) == first
+                assert (
+                    await Catalog(tmp_path, client, BOTH, nursery, Phases()).resolve(image.reference, None)
+                    == first
+                )
                 assert registry.requests == [], kind
 
     trio.run(main)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
 import threading
 import time
 import urllib.request
@@ -11,17 +13,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from snapshotter.daemon import metrics
-from snapshotter.daemon.metrics import Totals
+from snapshotter.daemon import web
+from snapshotter.daemon.metrics import SERVER_GAUGES, Collector
+from snapshotter.daemon.phases import BUCKETS_S, Phase, Phases, Timings
+from snapshotter.daemon.reference_metrics import LayerNumbers, ReferenceCollector
+from snapshotter.daemon.totals import Totals
 from snapshotter.errors import ConfigError
 from snapshotter.fetch.counters import NAMES as FETCH_NAMES
 from snapshotter.fetch.counters import WAIT_NAMES
 from snapshotter.fuse.counters import NAMES as SERVE_NAMES
+from snapshotter.units import sha256_digest
 from tests.support.process import free_port
 
 
@@ -33,6 +41,9 @@ class Numbers:
         self.serving = dict.fromkeys(SERVE_NAMES, 0)
         self.fetching = dict.fromkeys(FETCH_NAMES, 0)
         self.reasons: dict[str, int] = {}
+        self.steps = Phases()
+        self.mounted: list[LayerNumbers] = []
+        self.well: dict[str, Any] = {"ok": True, "missing": []}
 
     def mounts(self) -> Mapping[str, int]:
         return self.states
@@ -46,6 +57,17 @@ class Numbers:
     def fallbacks(self) -> Mapping[str, int]:
         return self.reasons
 
+    def phases(self) -> Mapping[Phase, Timings]:
+        return self.steps.snapshot()
+
+    def layers(self) -> list[LayerNumbers]:
+        return self.mounted
+
+
+def serve(numbers: Numbers, network: str, address: str) -> Callable[[], None]:
+    collectors = (Collector(numbers), ReferenceCollector(numbers))
+    return web.serve(collectors, lambda: numbers.well, network, address)
+
 
 @pytest.fixture
 def numbers() -> Numbers:
@@ -58,7 +80,7 @@ Scrape = Callable[[], str]
 @pytest.fixture
 def scrape(numbers: Numbers) -> Iterator[Scrape]:
     port = free_port()
-    stop = metrics.serve(numbers, "tcp", f"127.0.0.1:{port}")
+    stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
     yield lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     stop()
 
@@ -88,8 +110,9 @@ def test_every_counter_is_there_before_anything_happened(scrape: Scrape) -> None
             "requests": f"soci_fuse_requests_total {kind}",
             "failures": f"soci_fuse_failures_total {kind}",
         }.get(name.partition("_")[0])
-        gauge = name in metrics.SERVER_GAUGES
-        assert (sample or f"soci_serve_{name}{'' if gauge else '_total'}") in found, name
+        gauge = name in SERVER_GAUGES
+        base = name.removesuffix("us") + "seconds" if name.endswith("_us") else name
+        assert (sample or f"soci_serve_{base}{'' if gauge else '_total'}") in found, name
     for name in FETCH_NAMES:
         if not name.startswith("wait_"):
             assert f"soci_fetch_{name}" in found or f"soci_fetch_{name}_total" in found, name
@@ -142,6 +165,95 @@ def test_waits_are_a_histogram(numbers: Numbers, scrape: Scrape) -> None:
     assert values["soci_fetch_wait_seconds_count"] == buckets[-1]
 
 
+def test_steps_are_a_histogram_with_failures(numbers: Numbers, scrape: Scrape) -> None:
+    for seconds in (0.0005, 0.003, 0.003, 100.0):
+        numbers.steps.observe(Phase.COMPILE, seconds)
+    with pytest.raises(ConfigError), numbers.steps.timed(Phase.COMPILE):
+        raise ConfigError("broken")
+    with pytest.raises(ConfigError), numbers.steps.timed(Phase.INDEX, answers=(ConfigError,)):
+        raise ConfigError("an answer")
+    found = samples(scrape())
+    assert found["soci_phase_seconds_bucket 0.001 compile"] == 1
+    assert found["soci_phase_seconds_bucket 0.004 compile"] == 3
+    assert found["soci_phase_seconds_bucket 16.384 compile"] == 3
+    assert found["soci_phase_seconds_bucket +Inf compile"] == found["soci_phase_seconds_count compile"] == 4
+    assert found["soci_phase_seconds_sum compile"] == pytest.approx(100.0065)
+    assert found["soci_phase_failures_total compile"] == 1
+    assert found["soci_phase_failures_total index"] == 0
+    assert found["soci_phase_seconds_count index"] == 1
+    assert len(BUCKETS_S) == 15
+
+
+# --- under the reference's names
+
+
+def test_the_reference_s_names_and_labels(numbers: Numbers, scrape: Scrape) -> None:
+    numbers.serving |= {"requests_read": 7, "spans_awaited": 3, "read_bytes": 1000, "failures_lookup": 2}
+    numbers.fetching["background_ranges"] = 4
+    numbers.reasons["unpack-failed"] = 5
+    numbers.steps.observe(Phase.PROVIDE, 0.3)
+    found = samples(scrape())
+    counts = "soci_fs_operation_count"
+    assert found[f"{counts}  synchronous_read_count"] == 7
+    assert found[f"{counts}  synchronous_read_remote_registry_fetch_count"] == 3
+    assert found[f"{counts}  fuse_node_lookup_failure_count"] == 2
+    assert found[f"{counts}  background_span_fetch_count"] == 4
+    assert found[f"{counts}  local_mount_failure_count"] == 5
+    assert found["soci_fs_bytes_served  synchronous_bytes_served"] == 1000
+    durations = "soci_fs_operation_duration_milliseconds"
+    assert found[f"{durations}_bucket  256.0 mount"] == 0
+    assert found[f"{durations}_bucket  512.0 mount"] == 1
+    assert found[f"{durations}_sum  mount"] == 300
+    assert families(scrape())[durations].type == "histogram"
+
+
+def test_layers_and_images_have_series_as_long_as_they_are_mounted(numbers: Numbers, scrape: Scrape) -> None:
+    one, two = (sha256_digest(name) for name in (b"one", b"two"))
+    counters = {"requests_lookup": 3, "requests_read": 1}
+    numbers.mounted = [
+        LayerNumbers(one, "sha256:image", "/m/1", 100, 60, counters),
+        LayerNumbers(two, "sha256:image", "/m/2", 200, 200, counters),
+    ]
+    found = samples(scrape())
+    assert found[f"soci_fs_layer_size_bytes {one} /m/1"] == 100
+    assert found[f"soci_fs_layer_fetched_size_bytes {one} /m/1"] == 60
+    assert found["soci_fs_image_operation_count_key sha256:image node.Lookup"] == 6
+    assert found["soci_fs_image_operation_count_key sha256:image file.Read"] == 2
+    numbers.mounted.pop()
+    found = samples(scrape())
+    assert found["soci_fs_image_operation_count_key sha256:image node.Lookup"] == 3
+    assert not [name for name in found if "/m/2" in name]
+
+
+def test_promtool_finds_nothing_but_the_reference_s_own_names(numbers: Numbers, scrape: Scrape) -> None:
+    numbers.mounted = [LayerNumbers(sha256_digest(b"one"), "sha256:image", "/m/1", 100, 60, {})]
+    result = subprocess.run(
+        ["promtool", "check", "metrics"], input=scrape(), capture_output=True, text=True, check=False
+    )
+    said = [line.split()[0] for line in (result.stdout + result.stderr).splitlines() if line]
+    assert set(said) == {"soci_fs_operation_duration_milliseconds"}, result.stderr
+
+
+# --- well or not
+
+
+def test_health(numbers: Numbers) -> None:
+    port = free_port()
+    stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
+    url = f"http://127.0.0.1:{port}/healthz"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert json.loads(answer.read()) == {"ok": True, "missing": []}
+        numbers.well = {"ok": False, "missing": ["fetcher"]}
+        with pytest.raises(HTTPError) as unwell:
+            urllib.request.urlopen(url, timeout=10)
+        with unwell.value:
+            assert unwell.value.code == 503
+            assert json.loads(unwell.value.read()) == numbers.well
+    finally:
+        stop()
+
+
 # --- never backwards
 
 
@@ -191,7 +303,7 @@ def test_scrapes_beside_ending_mounts_never_go_backwards() -> None:
 
 def test_on_a_unix_socket(numbers: Numbers, workdir: Path) -> None:
     path = workdir / "metrics.sock"
-    stop = metrics.serve(numbers, "unix", str(path))
+    stop = serve(numbers, "unix", str(path))
     try:
         with closing(HTTPConnection("localhost")) as connection:
             connection.sock = socket.socket(socket.AF_UNIX)
@@ -207,25 +319,25 @@ def test_a_socket_that_was_left_behind_makes_way(numbers: Numbers, workdir: Path
     path = str(workdir / "metrics.sock")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(path)
-    metrics.serve(numbers, "unix", path)()
+    serve(numbers, "unix", path)()
 
 
 def test_anything_else_does_not(numbers: Numbers, workdir: Path) -> None:
     path = workdir / "precious"
     path.write_text("data")
     with pytest.raises(ConfigError, match=r"metrics_address.*not a socket"):
-        metrics.serve(numbers, "unix", str(path))
+        serve(numbers, "unix", str(path))
     assert path.read_text() == "data"
 
 
 def test_a_port_that_is_taken_is_an_error(numbers: Numbers) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
-        metrics.serve(numbers, "tcp", f"127.0.0.1:{taken.getsockname()[1]}")
+        serve(numbers, "tcp", f"127.0.0.1:{taken.getsockname()[1]}")
 
 
 def test_a_scraper_that_hangs_keeps_nobody_away(numbers: Numbers) -> None:
     port = free_port()
-    stop = metrics.serve(numbers, "tcp", f"127.0.0.1:{port}")
+    stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
     with socket.create_connection(("127.0.0.1", port)):
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read()
         assert b"soci_lazy_mounts" in text
@@ -236,7 +348,7 @@ def test_a_scraper_that_goes_away_is_no_traceback(
     numbers: Numbers, workdir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = str(workdir / "metrics.sock")
-    stop = metrics.serve(numbers, "unix", path)
+    stop = serve(numbers, "unix", path)
     for _ in range(5):
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
@@ -247,5 +359,5 @@ def test_a_scraper_that_goes_away_is_no_traceback(
 
 def test_nothing_stays_open(numbers: Numbers) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    metrics.serve(numbers, "tcp", f"127.0.0.1:{free_port()}")()
+    serve(numbers, "tcp", f"127.0.0.1:{free_port()}")()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import trio
 
+from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.errors import BlobNotFound, RangeNotHonoured, RegistryUnavailable
 from snapshotter.units import Digest, sha256_digest
@@ -29,7 +30,7 @@ def registry() -> Iterator[Registry]:
 def with_sources(registry: Registry, test: Callable[[BlobSources], Awaitable[None]]) -> None:
     async def main() -> None:
         async with client_for(registry) as client:
-            await test(BlobSources(client))
+            await test(BlobSources(client, Phases()))
 
     trio.run(main)
 

@@ -29,6 +29,7 @@ from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.unpacking import Unpacker
@@ -183,7 +184,8 @@ def _compose(
     nursery: trio.Nursery,
 ) -> Providing:
     parts: list[Providing] = []
-    sources = BlobSources(client)
+    phases = Phases()
+    sources = BlobSources(client, phases)
     forker = Forker(str(root / "empty"), log_level="fatal")
     fetcher = FetcherProcess(
         root,
@@ -207,13 +209,14 @@ def _compose(
         root=root,
         layers=layers,
         store=store,
-        catalog=Catalog(root, client, options.modes, nursery),
-        artifacts=LayerArtifacts(layers, client, forker, CompileLimits(1 << 30, 30.0), nursery),
+        catalog=Catalog(root, client, options.modes, nursery, phases),
+        artifacts=LayerArtifacts(layers, client, forker, CompileLimits(1 << 30, 30.0), nursery, phases),
         sources=sources,
         fetcher=fetcher,
         keeper=keeper,
         unpacker=Unpacker(root, client),
         nursery=nursery,
+        phases=phases,
     )
     parts.append(Providing(root, provider, keeper, fetcher, forker, store, layers, holder))
     return parts[0]

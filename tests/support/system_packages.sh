@@ -21,6 +21,8 @@ need docker-registry has docker-registry
 need skopeo has skopeo
 need fuse3 has fusermount3
 need iproute2 has ip
+need prometheus has promtool
+need prometheus has prometheus
 need openssl has openssl
 need gcc has gcc
 need libc6-dev test -e /usr/include/stdio.h
