@@ -23,6 +23,7 @@ _CALL_TIMEOUT_S = 5.0
 """For one answer; the holder needs microseconds, so a longer silence means it is stopped or stuck."""
 
 _START_TIMEOUT_S = 10.0
+_RETRY_S = 0.01
 
 
 class HolderClient:
@@ -58,14 +59,21 @@ class HolderClient:
             self._disconnect()
 
     def _call(self, message: messages.Message, fds: list[int]) -> dict[str, int]:
-        """Ask the holder; once more when it has died since the last call, for every call can be repeated."""
+        """Ask the holder, again when it has died since the last call: every call can be repeated.
+
+        One that is just being killed may take a connection yet and reset it; so one repetition is not enough.
+        """
+        deadline = time.monotonic() + _START_TIMEOUT_S
         with self._lock:
             try:
-                try:
-                    return self._ask(message, fds)
-                except ConnectionError:
-                    self._disconnect()
-                    return self._ask(message, fds)
+                while True:
+                    try:
+                        return self._ask(message, fds)
+                    except ConnectionError:
+                        self._disconnect()
+                        if time.monotonic() > deadline:
+                            raise
+                        time.sleep(_RETRY_S)
             except OSError as error:
                 self._disconnect()
                 raise ProcessFailed(f"the holder at {self._path} does not answer: {error}") from error
@@ -88,7 +96,7 @@ class HolderClient:
                 raise ProcessFailed(
                     f"the holder at {self._path} did not start within {_START_TIMEOUT_S:.0f} s"
                 )
-            time.sleep(0.01)
+            time.sleep(_RETRY_S)
             sock = _try_connect(self._path)
         sock.settimeout(_CALL_TIMEOUT_S)
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
