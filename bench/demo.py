@@ -18,49 +18,23 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import image as images
+from bench.recipes import COMMAND, DEMO
+from bench.site import SNAPSHOTTER, Site
 from tests.support import host
-from tests.support.containerd import Containerd, remove_directory
-from tests.support.dockerregistry import DockerRegistry, Request
+from tests.support.containerd import remove_directory
+from tests.support.dockerregistry import Request
 from tests.support.images import Image
 from tests.support.netem import Link
-from tests.support.netns import Network
-from tests.support.process import Daemon
 
-PROGRAM = """\
-import time
-started = time.monotonic()
-import pandas, pyarrow.parquet, scipy.stats, sklearn.ensemble
-import numpy
-frame = pandas.DataFrame({"x": numpy.arange(1000.0), "y": numpy.arange(1000) % 2})
-model = sklearn.ensemble.RandomForestClassifier(5, random_state=1).fit(frame[["x"]], frame["y"])
-print("right answers:", int((model.predict(frame[["x"]]) == frame["y"]).sum()))
-"""
-
-RECIPE = images.Recipe(
-    name="science",
-    packages=("python3", "bash", "coreutils", "base-files", "libstdc++6", "libgomp1"),
-    wheels=(
-        (
-            *("numpy==2.4.6", "pandas==3.1.1", "scipy==1.17.1", "scikit-learn==1.9.1", "pyarrow==26.0.1"),
-            *("joblib==1.6.0", "narwhals==2.29.0", "cloudpickle==3.1.2", "threadpoolctl==3.8.0"),
-            *("python-dateutil==4.0.0", "tzdata==2026.6"),
-        ),
-    ),
-    files=(("app/main.py", PROGRAM),),
-    weights=80 << 20,
-)
-COMMAND = ("python3", "/app/main.py")
-SNAPSHOTTER = "soci"
 _POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEAST_SIZE = 200 << 20
 """Compressed bytes below which the demo would show nothing."""
@@ -98,36 +72,23 @@ class Demo:
     """One run of the demo in `directory`, over `link` if there is one; `close` undoes everything."""
 
     def __init__(self, directory: Path, tell: Callable[[str], None], link: Link | None = None) -> None:
-        self._directory = directory
         self._tell = tell
-        self._undo = contextlib.ExitStack()
-        self._prefix: tuple[str, ...] = ()
-        # Nobody's credentials: the demo must not depend on whose machine this is.
-        self._env = {"DOCKER_CONFIG": str(directory)}
-        self._registry = DockerRegistry(directory / "registry")
-        if link is not None:
-            network = self._undo.enter_context(Network(directory, link))
-            far = network.server
-            self._registry = DockerRegistry(
-                directory / "registry", host=far.address, tls=True, prefix=far.prefix
-            )
-            self._prefix = network.client.prefix
-            self._env["SSL_CERT_FILE"] = str(self._registry.ca)
-        self._undo.callback(self._registry.cleanup)
+        self._site = Site(directory, link=link)
 
     def close(self) -> None:
         """End every process and detach every mount of this demo."""
-        self._undo.close()
+        self._site.close()
 
     def run(self) -> Result:
         """Do all of it. Raises AssertionError, with what the program said, when a step fails."""
-        image = images.build(RECIPE, tell=self._tell)
+        image = images.build(DEMO, tell=self._tell)
         if image.size < LEAST_SIZE:
             raise AssertionError(f"the image has {image.size} compressed bytes, less than {LEAST_SIZE}")
         self._tell(f"registry: push {image.size / 2**20:.0f} MiB in {len(image.layers)} layers")
-        self._registry.start()
-        reference = self._registry.push(image, RECIPE.name)
-        self._index(reference)
+        self._site.start()
+        reference = self._site.registry.push(image, DEMO.name)
+        self._tell("soci create, soci push")
+        self._site.index(reference)
         full, answer, _ = self._full(reference)
         lazy, lazy_answer, served, requests = self._lazy(reference)
         if answer != lazy_answer:
@@ -135,7 +96,7 @@ class Demo:
         fetched = sum(request.size for request in served)
         self._print_table(image, full, lazy, fetched, requests)
         return Result(
-            image=f"{RECIPE.name}@{image.digest}",
+            image=f"{DEMO.name}@{image.digest}",
             full_s=round(full.total, 2),
             lazy_s=round(lazy.total, 2),
             ratio=round(lazy.total / full.total, 2),
@@ -144,62 +105,34 @@ class Demo:
             requests=requests,
         )
 
-    @property
-    def _scheme(self) -> list[str]:
-        return [] if self._registry.tls else ["--plain-http"]
-
-    def _containerd(self, name: str, snapshotters: Mapping[str, Path] | None = None) -> Containerd:
-        containerd = Containerd(
-            self._directory / name, snapshotters=snapshotters, prefix=self._prefix, env=self._env
-        )
-        self._undo.callback(containerd.cleanup)
-        return containerd.start()
-
-    def _soci(self, containerd: Containerd, *arguments: str) -> None:
-        """Run our own command line, as a user does."""
-        options = ["--address", str(containerd.address), "--root", str(self._directory / "soci")]
-        command = [*self._prefix, sys.executable, "-m", "snapshotter.cli.main", *options, *arguments]
-        env = {**os.environ, **self._env}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
-        if result.returncode != 0:
-            raise AssertionError(f"soci {' '.join(arguments)}: {result.stdout}{result.stderr}")
-
-    def _index(self, reference: str) -> None:
-        self._tell("soci create, soci push")
-        containerd = self._containerd("builder")
-        containerd.ctr("content", "fetch", *self._scheme, reference)
-        self._soci(containerd, "create", reference)
-        self._soci(containerd, "push", *self._scheme, reference)
-        containerd.cleanup()
-
     def _full(self, reference: str) -> tuple[Times, str, list[Request]]:
         self._tell("full pull by overlayfs, and run")
-        containerd = self._containerd("full")
-        mark = self._registry.mark()
+        containerd = self._site.containerd("full")
+        mark = self._site.registry.mark()
         host.drop_caches()
         started = time.monotonic()
-        containerd.pull(reference, plain_http=not self._registry.tls)
+        containerd.pull(reference, plain_http=not self._site.registry.tls)
         pulled = time.monotonic()
         answer = containerd.run(reference, *COMMAND)
         ended = time.monotonic()
-        served = self._registry.requests(mark)
+        served = self._site.registry.requests(mark)
         containerd.cleanup()
         return Times(pulled - started, ended - pulled), answer, served
 
     def _lazy(self, reference: str) -> tuple[Times, str, list[Request], int]:
         self._tell("lazy pull by our daemon, and run")
-        daemon = Daemon(self._directory / "daemon", env=self._env, prefix=self._prefix)
-        self._undo.callback(daemon.cleanup)
-        daemon.start()
-        containerd = self._containerd("lazy", snapshotters={SNAPSHOTTER: daemon.address})
-        mark = self._registry.mark()
+        daemon = self._site.daemon("daemon")
+        containerd = self._site.containerd("lazy", snapshotters={SNAPSHOTTER: daemon.address})
+        mark = self._site.registry.mark()
         host.drop_caches()
         started = time.monotonic()
-        self._soci(containerd, "image", "rpull", *self._scheme, "--snapshotter", SNAPSHOTTER, reference)
+        self._site.soci(
+            containerd, "image", "rpull", *self._site.scheme, "--snapshotter", SNAPSHOTTER, reference
+        )
         pulled = time.monotonic()
         answer = containerd.run(reference, *COMMAND, snapshotter=SNAPSHOTTER)
         ended = time.monotonic()
-        served = self._registry.requests(mark)
+        served = self._site.registry.requests(mark)
         requests = int(daemon.metrics()[ON_DEMAND_REQUESTS])
         containerd.cleanup()
         daemon.cleanup()

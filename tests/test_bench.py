@@ -6,14 +6,18 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from bench import demo, image
+from bench import coldstart, demo, image
+from bench.contenders import Reference
 from bench.figures import Figure, summary
 from bench.image import Recipe
+from tests.support.netns import LoneHost
 
 SMALL = Recipe("small", packages=(), files=(("app/main.py", "print(1)\n"),), weights=2 << 20)
 
@@ -89,3 +93,46 @@ def test_a_figure_says_whether_its_goal_is_met() -> None:
         "missed": ["create"],
         "not_measured": ["lazy"],
     }
+
+
+def trial(contender: str, pull: float, second: float = 1.0) -> coldstart.Trial:
+    facts = {"ondemand_ranges": 50.0, "ondemand_bytes": 120.0, "touched_bytes": 100.0}
+    return coldstart.Trial(contender, pull, 0.5, 2.0, second=second, dropped=second, facts=facts)
+
+
+def test_figures_of_cold_starts_compare_medians() -> None:
+    trials = {
+        "full": [trial("full", pull) for pull in (20.0, 27.5, 30.0)],
+        "ours": [trial("ours", pull) for pull in (1.5, 0.5, 9.0)],
+    }
+    trials["ours"][-1].second = 1.2
+    found = {figure.name: figure for figure in coldstart.figures("here", trials)}
+    assert found["cold start, full, here"].got == 30.0
+    assert found["cold start over full, here"].got == pytest.approx(4.0 / 30.0)
+    assert found["cold start over full, here"].met
+    assert found["cold start over reference, here"].got is None
+    assert found["second container over overlayfs, warm, here"].got == pytest.approx(1.2)
+    assert found["on-demand bytes over those of the spans touched, here"].got == pytest.approx(1.2)
+
+
+def test_our_own_programs_are_not_taken_for_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("soci", "soci-snapshotter-grpc"):
+        (tmp_path / name).write_text("#!/usr/bin/python3\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("REFERENCE_SOCI", str(tmp_path))
+    assert not Reference.available()
+    for name in ("soci", "soci-snapshotter-grpc"):
+        (tmp_path / name).write_bytes(b"\x7fELF")
+    assert Reference.available()
+
+
+def test_a_lone_host_reaches_itself_and_nobody_else(root: None) -> None:
+    program = (
+        "import socket, sys; server = socket.create_server((sys.argv[1], 0));"
+        " socket.create_connection(server.getsockname()); print(len(socket.if_nameindex()))"
+    )
+    with LoneHost() as alone:
+        command = [*alone.host.prefix, sys.executable, "-c", program, alone.host.address]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"

@@ -1,4 +1,4 @@
-"""Two hosts on one machine, and a link between them that can be slow, lossy or cut.
+"""Two hosts on one machine, and a link between them that can be slow, lossy or cut; or one host, alone.
 
 Three network namespaces: `client` and `server`, and between them one that holds the link (see `netem`). Commands
 enter a host by nsenter, which leaves mounts alone: `ip netns exec` would mount /sys anew and hide the cgroups.
@@ -101,6 +101,28 @@ class Network:
             if (_NAMESPACES / namespace).exists():
                 _ip("netns", "delete", namespace)
         self._settings.unlink(missing_ok=True)
+
+
+class LoneHost:
+    """A context manager: one host in a network namespace of its own, at an address that counts as no loopback."""
+
+    def __init__(self) -> None:
+        self.host = Host(f"st-{secrets.token_hex(3)}-alone", "192.0.2.1")
+
+    def __enter__(self) -> Self:
+        _ip("netns", "add", self.host.namespace)
+        try:
+            _ip("-n", self.host.namespace, "link", "set", "lo", "up")
+            _ip("-n", self.host.namespace, "addr", "add", f"{self.host.address}/32", "dev", "lo")
+        except BaseException:
+            _ip("netns", "delete", self.host.namespace)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _ip("netns", "delete", self.host.namespace)
 
 
 def _ip(*arguments: str) -> None:
