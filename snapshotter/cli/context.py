@@ -26,13 +26,17 @@ from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.platform import host_platform, parse_platform
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.hosts import Hosts, OwnHosts
+from snapshotter.registry.hostsfile import HostsDirectories
 from snapshotter.registry.keychain import (
-    ChainKeychain,
     Credentials,
     DockerConfigKeychain,
     Keychain,
     StaticKeychain,
 )
+from snapshotter.registry.keychains import ChainKeychain
+from snapshotter.registry.mirrors import ConfiguredHosts
+from snapshotter.registry.tls import Trust
 from snapshotter.soci.artifacts import ArtifactDatabase
 from snapshotter.soci.content import ArtifactStore, ContentSource
 from snapshotter.soci.layout import OciLayout
@@ -160,10 +164,26 @@ class Context:
         return [parse_platform(text) for text in self.arguments.platform] or [host_platform()]
 
     def registry(self, reference: Reference) -> RegistryClient:
-        """Return a client for the registry of `reference`, to be entered; with --user and --plain-http."""
+        """Return a client for the registry of `reference`, to be entered; with --user and the options of its host."""
+        plain_http = self.arguments.plain_http or None
         return RegistryClient(
-            keychain=self._keychain(reference), plain_http=self.arguments.plain_http or None
+            keychain=self._keychain(reference), plain_http=plain_http, hosts=self._hosts(plain_http)
         )
+
+    def _hosts(self, plain_http: bool | None) -> Hosts:
+        options = self.arguments
+        if options.tlskey and not options.tlscert:
+            raise UsageError("--tlskey: needs --tlscert, the certificate of that key")
+        if options.hosts_dir:
+            if not Path(options.hosts_dir).is_dir():
+                raise UsageError(f"--hosts-dir: {options.hosts_dir} is not a directory")
+            return ConfiguredHosts({}, HostsDirectories([Path(options.hosts_dir)]), plain_http=plain_http)
+        trust = Trust(
+            (options.tlscacert,) if options.tlscacert else (),
+            ((options.tlscert, options.tlskey or ""),) if options.tlscert else (),
+            options.skip_verify,
+        )
+        return OwnHosts(plain_http=plain_http, trust=trust)
 
     @contextlib.contextmanager
     def time_limit(self) -> Iterator[None]:
@@ -207,7 +227,7 @@ class Context:
         if not colon:
             secret = getpass.getpass(f"Password of {name} at {reference.registry}: ")
         given = StaticKeychain({reference.registry: Credentials(name, secret)})
-        return ChainKeychain(given, DockerConfigKeychain())
+        return ChainKeychain(user=given, docker=DockerConfigKeychain())
 
 
 def _out_of_time(limit: float) -> UsageError:

@@ -39,16 +39,23 @@ def add_platforms(parser: argparse.ArgumentParser) -> None:
 
 
 def add_registry(parser: argparse.ArgumentParser) -> None:
-    """--user and --plain-http."""
+    """--user, and how the registry's host is reached and known."""
     parser.add_argument(
         "--user", "-u", metavar="NAME[:PASSWORD]", help="credentials (those of docker's config.json)"
     )
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry, not HTTPS")
-    # What the field's tools declare and do not use; their callers pass it. Certificates are always verified.
-    for names in (["--skip-verify", "-k"], ["--refresh"], ["--http-dump"], ["--http-trace"]):
-        parser.add_argument(*names, action="store_true", help=argparse.SUPPRESS)
-    for name in ("--hosts-dir", "--tlscacert", "--tlscert", "--tlskey"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--hosts-dir",
+        metavar="DIR",
+        help="containerd's directory of hosts.toml: mirrors and certificates (none; the options below then do not count)",
+    )
+    parser.add_argument("--tlscacert", metavar="FILE", help="authorities to trust besides the system's")
+    parser.add_argument("--tlscert", metavar="FILE", help="certificate to show to the registry")
+    parser.add_argument("--tlskey", metavar="FILE", help="its key (in the certificate's file)")
+    parser.add_argument("--skip-verify", "-k", action="store_true", help="believe any certificate")
+    # What the field's tools declare and do not use; their callers pass it.
+    for name in ("--refresh", "--http-dump", "--http-trace"):
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from snapshotter.daemon import generation, selftest, web
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config
+from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.metrics import Collector
@@ -48,7 +49,6 @@ from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import MountSpec
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.client import RegistryClient
-from snapshotter.registry.keychain import DockerConfigKeychain
 from snapshotter.registry.retry import RetryPolicy, Timeouts
 from snapshotter.sdnotify import Notifier
 from snapshotter.snapshot.directories import metadata_path
@@ -77,6 +77,8 @@ class App:
         self._log_level = log_level
         self._phases = Phases()
         self._numbers: Numbers
+        self._hosts = configured_hosts(config)
+        self._credentials = Credentials()
         self._keeper: Keeper
         self._fetcher: FetcherProcess
         self._provider: Provider
@@ -95,7 +97,10 @@ class App:
             await trio.to_thread.run_sync(holder.connect)
             cleanup.callback(holder.close)
             async with RegistryClient(
-                keychain=DockerConfigKeychain(), timeouts=self._timeouts(), retry=self._retry()
+                keychain=self._credentials.keychain,
+                hosts=self._hosts,
+                timeouts=self._timeouts(),
+                retry=self._retry(),
             ) as client:
                 await self._run(client, holder, lock, cleanup)
 
@@ -131,6 +136,7 @@ class App:
             provider=self._provider,
             store=store,
             phases=self._phases,
+            registry=lambda: registry_numbers(client, self._hosts, self._credentials),
         )
         status = Status(
             holder=holder,
@@ -158,7 +164,7 @@ class App:
         return FetcherProcess(
             self._root,
             options=self._fetcher_options(),
-            source_of=lambda layer, renew: sources.find(layer, renew=renew),
+            source_of=sources.answer,
             on_restart=lambda: self._keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
             on_complete=_note_complete,
             inherited_fds=[lock],

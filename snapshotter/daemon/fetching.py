@@ -38,8 +38,8 @@ _RESPAWN_WAIT_S = 0.05
 _MAX_RESPAWN_WAIT_S = 10.0
 _LONG_LIFE_S = 5.0
 
-SourceOf = Callable[[Digest, bool], Awaitable[BlobSource]]
-"""(layer, renew) -> where its blob is; raises SnapshotterError."""
+SourceOf = Callable[[control.NeedSource], Awaitable[BlobSource]]
+"""Returns where a layer's blob is; raises SnapshotterError."""
 
 
 @dataclass(slots=True, eq=False)
@@ -232,16 +232,17 @@ class FetcherProcess:
             case control.Opened(layer, error):
                 if layer in self._openings:
                     self._openings[layer].answer(error)
-            case control.NeedSource(layer, renew):
-                nursery.start_soon(self._find_source, layer, renew)
+            case control.NeedSource() as question:
+                nursery.start_soon(self._find_source, question)
             case control.Complete(layer, verified):
                 self._on_complete(layer, verified)
             case other:
                 _log.error("fetcher sent an unexpected message", extra={"op": type(other).__name__})
 
-    async def _find_source(self, layer: Digest, renew: bool) -> None:
+    async def _find_source(self, question: control.NeedSource) -> None:
+        layer = question.layer
         try:
-            source = await self._source_of(layer, renew)
+            source = await self._source_of(question)
         except SnapshotterError as error:
             temporary = isinstance(error, RegistryError) and error.temporary
             self._tell(control.NoSource(layer, str(error), temporary))

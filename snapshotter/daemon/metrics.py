@@ -14,6 +14,7 @@ from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.phases import BUCKETS_S, Phase, Timings
 from snapshotter.fetch.counters import GAUGES, WAIT_BUCKETS, WAIT_NAMES
 from snapshotter.fuse.counters import NAMES, REQUEST_KINDS
@@ -36,6 +37,9 @@ class Numbers(Protocol):
 
     def phases(self) -> Mapping[Phase, Timings]:
         """Return how long the steps of cold starts took."""
+
+    def registry(self) -> Iterator[Family]:
+        """Yield what is known of hosts and keychains."""
 
 
 class Collector:
@@ -75,6 +79,12 @@ class Collector:
             fallbacks.add_metric([reason], count)
         yield fallbacks
         yield from _phases(self._numbers.phases())
+        for numbers in self._numbers.registry():
+            family = CounterMetricFamily if numbers.is_counter else GaugeMetricFamily
+            labelled = family(numbers.name, numbers.doc, labels=numbers.labels)
+            for values, number in sorted(numbers.rows):
+                labelled.add_metric(values, float(number))
+            yield labelled
 
 
 SERVER_GAUGES = frozenset({"reads_waiting"})

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.phases import Phase, Phases, Timings
 from snapshotter.daemon.provider import Provider
@@ -47,12 +48,15 @@ class Numbers:
         provider: Provider,
         store: SnapshotStore,
         phases: Phases,
+        registry: Callable[[], Iterator[Family]],
     ) -> None:
         self._keeper = keeper
         self._fetcher = fetcher
         self._provider = provider
         self._store = store
         self._phases = phases
+        self.registry = registry
+        """What is known of hosts and keychains."""
         self._totals = Totals(self._counters)
         self._facts: dict[int, _Facts] = {}
 

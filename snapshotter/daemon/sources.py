@@ -1,7 +1,7 @@
 """Where blobs are: each layer's references, and the URL behind the registry's redirect.
 
 A layer may be known from several images; when one repository refuses (its token expired, it was deleted),
-the next is asked.
+the next is asked. The fetcher sees first what a mirror really sends, and complains here.
 
 Concurrency: trio; the registry client keeps one answer per blob, and asks once however many ask.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 
 from snapshotter.daemon.phases import Phase, Phases
-from snapshotter.errors import BlobNotFound, RegistryError
+from snapshotter.errors import BlobNotFound, RegistryError, RegistryUnavailable, SpanDigestMismatch
+from snapshotter.fetch import control
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.source import BlobSource
@@ -37,6 +38,19 @@ class BlobSources:
     def forget(self, layer: Digest) -> None:
         """Forget a layer that nothing uses."""
         self._images.pop(layer, None)
+
+    async def answer(self, question: control.NeedSource) -> BlobSource:
+        """Return where the blob is that the fetcher asks for, once its complaint is noted. Raises RegistryError."""
+        if question.mirror:
+            what = f"blob {question.layer}: {question.mirror}"
+            lied = question.complaint == control.LIED
+            error = (
+                SpanDigestMismatch(f"{what} sent bytes of another digest")
+                if lied
+                else RegistryUnavailable(f"{what} did not give a range")
+            )
+            self._client.blame(question.mirror, error)
+        return await self.find(question.layer, renew=question.renew)
 
     async def find(self, layer: Digest, *, renew: bool) -> BlobSource:
         """Return where the blob is. Raises RegistryError: what the last repository said."""

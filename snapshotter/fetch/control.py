@@ -10,7 +10,8 @@ One message is one packet of `snapshotter/messages.py`; `attach` carries one des
 and of the fetcher:
 
     opened   the answer to `open`: `blob`, `data` and `spans` exist now; or `error` says why not
-    source   tell me where the blob is; `renew` when the last answer was refused by its host
+    source   tell me where the blob is; `renew` when the last answer was refused by its host. `mirror` and `complaint`
+             when a mirror gave it and did not do: "lied", or "failed"
     complete every byte of the layer is stored; `verified` says whether the whole has the layer's digest
 
 Concurrency: plain functions on a socket. Sources are secrets: they are in these packets and nowhere else.
@@ -22,11 +23,16 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from snapshotter import messages
 from snapshotter.registry.source import BlobSource
 from snapshotter.units import Digest, parse_digest
+
+LIED: Final = "lied"
+"""A span from it has another digest."""
+FAILED: Final = "failed"
+"""It did not give a range, for whatever reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,10 @@ class NeedSource:
 
     layer: Digest
     renew: bool
+    mirror: str = ""
+    """The mirror of the last answer, when there is a complaint."""
+    complaint: str = ""
+    """What it did: `LIED` or `FAILED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +150,8 @@ def _fields(message: Message) -> Mapping[str, Any]:
             return {"error": error, "temporary": temporary}
         case Opened(_, error):
             return {"error": error} if error else {}
-        case NeedSource(_, renew):
-            return {"renew": renew}
+        case NeedSource(_, renew, mirror, complaint):
+            return {"renew": renew} | ({"mirror": mirror, "complaint": complaint} if mirror else {})
         case Complete(_, verified):
             return {"verified": verified}
     return {}
@@ -162,7 +172,7 @@ def _message(fields: Mapping[str, Any]) -> Message:
         case {"op": "source", "error": str(error), "temporary": bool(temporary)}:
             return NoSource(layer, error, temporary)
         case {"op": "source", "renew": bool(renew)}:
-            return NeedSource(layer, renew)
+            return NeedSource(layer, renew, str(fields.get("mirror", "")), str(fields.get("complaint", "")))
         case {"op": "opened"}:
             return Opened(layer, str(fields.get("error", "")))
         case {"op": "complete", "verified": bool(verified)}:

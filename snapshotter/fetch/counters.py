@@ -41,6 +41,7 @@ COUNTERS = (
     "inflate_errors",
     "range_not_honoured",
     "source_renewals",
+    "mirrors_passed_over",
     "source_errors",
     "disk_full",
     "bad_messages",

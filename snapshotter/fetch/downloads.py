@@ -226,11 +226,12 @@ class Downloads:
         if layer.closed:
             return
         if isinstance(outcome, Outcome):
+            layer.source.expired = -1
             if flight.span == 0:
                 layer.header_has_come()
             self._landing.stored(layer, flight, outcome)
         elif isinstance(outcome, SpanDigestMismatch):
-            self.recovery.mismatched(layer, flight, outcome)
+            self.recovery.mismatched(transfer, flight, outcome)
         else:
             self._landing.failed(layer, flight, outcome)
         self.pump()

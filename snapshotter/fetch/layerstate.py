@@ -112,6 +112,8 @@ class SourceState:
     asked: bool = False
     failures: int = 0
     """Temporary failures in a row."""
+    expired: int = -1
+    """The generation whose host said that a signature or a token was over, and since when no span has come."""
     not_before: float = 0.0
 
 

@@ -3,6 +3,7 @@
     temporary error        again after a while, as long as the policy has attempts left
     credentials refused    again when the daemon has found out anew where the blob is
     wrong digest           again, a few times: something between the registry and us may have been at fault
+    any of these           at once, from the next host, when the bytes came, or did not come, from a mirror
     anything else          its readers are told
 
 All that is for spans that a reader waits for. What nobody waits for is given up, the background gets it back,
@@ -20,6 +21,7 @@ from functools import partial
 import trio
 
 from snapshotter.errors import AuthenticationFailed, RangeNotHonoured, RegistryError, SpanDigestMismatch
+from snapshotter.fetch import control
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.flight import Flight, Stage
 from snapshotter.fetch.landing import Landing
@@ -60,18 +62,47 @@ class Recovery:
         )
         if isinstance(error, RangeNotHonoured):
             self._context.counters.add("range_not_honoured")
-        if isinstance(error, AuthenticationFailed):
+        is_over = self._pass_over(transfer, error)
+        if isinstance(error, AuthenticationFailed) and not is_over:
             self._sources.refused(layer, transfer.generation)
         for flight in missed:
             flight.stage = Stage.PAUSED
-            self._recover(layer, flight, error)
-        if transfer.background:
+            if is_over and flight.waiters:
+                self._context.counters.add("retries")
+                self._landing.queue(layer, flight)
+            else:
+                self._recover(layer, flight, error)
+        if transfer.background and not is_over:
             self.rest(layer, error)
 
-    def mismatched(self, layer: ActiveLayer, flight: Flight[Reader], error: SpanDigestMismatch) -> None:
+    def _pass_over(self, transfer: Transfer, error: Exception) -> bool:
+        """Have another source found if a mirror's has failed; return whether it was a mirror's.
+
+        A mirror is let off once when all that it says is that a signature or a token is over.
+        """
+        mirror = transfer.mirror
+        if not mirror or not isinstance(error, RegistryError | SpanDigestMismatch):
+            return False
+        state = transfer.layer.source
+        if isinstance(error, AuthenticationFailed) and state.expired != transfer.generation - 1:
+            state.expired = transfer.generation
+            return False
+        complaint = control.LIED if isinstance(error, SpanDigestMismatch) else control.FAILED
+        self._sources.passed_over(transfer.layer, transfer.generation, mirror, complaint)
+        return True
+
+    def mismatched(self, transfer: Transfer, flight: Flight[Reader], error: SpanDigestMismatch) -> None:
         """The bytes that came for `flight` are not the span's."""
+        layer = transfer.layer
         self._context.counters.add("digest_mismatches")
         flight.stage = Stage.PAUSED
+        if self._pass_over(transfer, error):
+            if flight.waiters:
+                self._context.counters.add("retries")
+                self._landing.queue(layer, flight)
+            else:
+                self._landing.abandon(layer, flight)
+            return
         flight.mismatches += 1
         layer.wrong[flight.span] += 1
         if flight.mismatches < self._context.options.span_tries and flight.waiters:

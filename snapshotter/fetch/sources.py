@@ -1,7 +1,8 @@
 """Where the blobs are: asks the daemon, once per layer at a time, and again when a host refuses the answer.
 
 The fetcher has no credentials and follows no redirects: the daemon does, and hands out a URL that is good
-until its host says 401 or 403. While a layer has no source its spans stay in the schedule; their readers'
+until its host says 401 or 403, or, when a mirror gave it, until it fails or lies: then there is somebody else to
+ask, and the daemon knows whom. While a layer has no source its spans stay in the schedule; their readers'
 budgets go on running.
 
 Concurrency: the main loop only.
@@ -52,6 +53,14 @@ class Sources:
             layer.source.source = None
             self._context.counters.add("source_renewals")
             self._ask(layer, renew=True)
+
+    def passed_over(self, layer: ActiveLayer, generation: int, mirror: str, complaint: str) -> None:
+        """The source of `generation` came from `mirror` and did not do; if it is the current one, ask for another."""
+        if generation == layer.source.generation and layer.source.source is not None:
+            layer.source.source = None
+            self._context.counters.add("mirrors_passed_over")
+            layer.source.asked = True
+            self._context.tell_daemon(control.NeedSource(layer.digest, True, mirror, complaint))
 
     def arrived(self, layer: ActiveLayer, source: BlobSource) -> None:
         """The daemon says where the blob is."""

@@ -45,6 +45,8 @@ class Transfer:
         self.priority = priority
         self.generation = layer.source.generation
         """Of the source that it uses."""
+        self.mirror = "" if layer.source.source is None else layer.source.source.mirror
+        """The mirror that gave that source; empty for the registry itself."""
         self.counted = 0
         """Bytes that the link's estimate and the counters know of."""
         self.written = 0

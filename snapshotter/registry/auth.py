@@ -1,7 +1,8 @@
 """The Authorization header for every request: Basic, Bearer, and ECR's way of saying that a login is over.
 
-It owns what was learned about each registry: the way in, the Basic header that worked, the tokens. Everything
-is learned from refusals; a registry that refuses nothing is never sent a credential.
+It owns what was learned about each host: the way in, the credentials that worked, the tokens. Everything
+is learned from refusals; a host that refuses nothing is never sent a credential. Credentials that are refused are
+followed by those of the next keychain. They belong to a host and a repository: kubelet may have others for each image.
 
 Concurrency: one trio run. Lookups and token fetches fly once per key, however many requests wait for them.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote, urlencode
@@ -21,6 +22,7 @@ import trio
 from snapshotter.errors import AuthenticationFailed, RegistryError
 from snapshotter.registry.challenge import Challenge
 from snapshotter.registry.flight import Flights
+from snapshotter.registry.hosts import Host
 from snapshotter.registry.keychain import IDENTITY_TOKEN_USER, Credentials, Keychain
 from snapshotter.registry.replies import error_for
 from snapshotter.registry.wire import Exchange, Reply, Wire, host_of
@@ -32,7 +34,12 @@ DEFAULT_LIFETIME: Final = 60.0
 """Seconds that a token lives when its server does not say: the token specification's default."""
 MAX_TOKEN_REPLY: Final = 256 << 10
 """Bytes. Tokens of some registries are several KiB of JSON Web Token."""
+REFUSED_SECONDS: Final = 300.0
+"""How long refused credentials are not tried again while there are others."""
 _CLIENT_ID: Final = "soci-snapshotter"
+
+_Place = tuple[str, str]
+"""The name of a host, and a repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +49,43 @@ class _Token:
 
 
 class Authorizer:
-    """Knows how to get into each registry."""
+    """Knows how to get into each host."""
 
-    def __init__(self, keychain: Keychain, wire: Wire, *, is_plain: Callable[[str], bool]) -> None:
+    def __init__(self, keychain: Keychain, wire: Wire) -> None:
         self._keychain = keychain
         self._wire = wire
-        self._is_plain = is_plain
         self._ways: dict[str, Challenge] = {}
-        self._basic: dict[str, str] = {}
+        self._basic: dict[_Place, Credentials] = {}
         self._tokens: dict[tuple[str, Scope], _Token] = {}
         self._token_flights: Flights[tuple[str, Scope], _Token] = Flights()
-        self._lookups: Flights[str, Credentials | None] = Flights()
+        self._lookups: Flights[tuple[_Place, frozenset[Credentials]], Credentials | None] = Flights()
+        self._refused: dict[_Place, dict[Credentials, float]] = {}
+        """Credentials that did not get in, and when: a keychain further down may have others."""
         self.tokens_fetched = 0
 
-    async def authorization(self, registry: str, scope: Scope) -> str | None:
-        """Return the header to try; None while this registry has not asked for any.
+    async def authorization(self, host: Host, repository: str, scope: Scope) -> str | None:
+        """Return the header to try; None while this host has not asked for any.
 
         Fetches a token when the last one is about to expire. Raises AuthenticationFailed or a temporary
         RegistryError when that fails.
         """
-        way = self._ways.get(registry)
+        way = self._ways.get(host.name)
         if way is None:
             return None
         if way.scheme == "basic":
-            return self._basic.get(registry)
-        return (await self._token(registry, way, scope)).header
+            credentials = self._basic.get((host.name, repository))
+            return None if credentials is None else _basic(credentials)
+        return (await self._token(host, repository, way, scope)).header
 
     async def refused(
-        self, registry: str, scope: Scope, sent: str | None, challenges: Sequence[Challenge]
+        self, host: Host, repository: str, scope: Scope, sent: str | None, challenges: Sequence[Challenge]
     ) -> bool:
         """Learn from a refusal of the header `sent`; say whether `authorization` now has another one to try.
 
         Raises AuthenticationFailed when there are no credentials, or no way in that we know.
         """
         offered = {challenge.scheme: challenge for challenge in reversed(challenges)}
-        known = self._ways.get(registry)
+        known = self._ways.get(host.name)
         # A refusal without a challenge, such as ECR's 403, is about the way that was used.
         way = (
             offered.get("bearer")
@@ -86,56 +95,81 @@ class Authorizer:
         if way is None:
             schemes = ", ".join(sorted(offered))
             raise AuthenticationFailed(
-                f"registry {registry}: wants {schemes} authentication, which is not supported"
+                f"registry {host.name}: wants {schemes} authentication, which is not supported"
             )
         # Scope and error are about this request; realm and service about the registry.
-        self._ways[registry] = Challenge(
+        self._ways[host.name] = Challenge(
             way.scheme, {key: way.parameters[key] for key in ("realm", "service") if key in way.parameters}
         )
         if way.scheme == "basic":
-            return await self._refused_basic(registry, sent)
-        token = self._tokens.get((registry, scope))
+            return await self._refused_basic((host.name, repository), sent)
+        token = self._tokens.get((host.name, scope))
         if token is not None and token.header == sent:
-            del self._tokens[registry, scope]
-        await self._token(registry, way, scope)
+            del self._tokens[host.name, scope]
+        await self._token(host, repository, way, scope)
         return True
 
-    async def _refused_basic(self, registry: str, sent: str | None) -> bool:
-        credentials = await self._lookup(registry)
-        if credentials is None:
-            raise AuthenticationFailed(f"registry {registry}: wants credentials, and no keychain has any")
-        header = _basic(credentials)
-        if header == sent:
-            self._basic.pop(registry, None)
-            return False
-        self._basic[registry] = header
-        return True
+    async def _refused_basic(self, place: _Place, sent: str | None) -> bool:
+        tried = self._basic.get(place)
+        if tried is not None and _basic(tried) == sent:
+            self._refuse(place, tried)
+            del self._basic[place]
+        credentials = await self._lookup(place)
+        if credentials is not None:
+            self._basic[place] = credentials
+            return True
+        if self._refused.pop(place, None) is None:
+            raise AuthenticationFailed(f"registry {place[0]}: wants credentials, and no keychain has any")
+        return False
 
-    async def _lookup(self, registry: str) -> Credentials | None:
-        return await self._lookups.run(registry, lambda: self._keychain.lookup(registry))
+    def _refuse(self, place: _Place, credentials: Credentials) -> None:
+        self._refused.setdefault(place, {})[credentials] = trio.current_time()
 
-    async def _token(self, registry: str, way: Challenge, scope: Scope) -> _Token:
-        key = (registry, scope)
+    async def _lookup(self, place: _Place) -> Credentials | None:
+        """Return credentials that were not refused lately; None when no keychain has any."""
+        since = trio.current_time() - REFUSED_SECONDS
+        refused = frozenset(each for each, when in self._refused.get(place, {}).items() if when > since)
+        found = await self._lookups.run(
+            (place, refused), lambda: self._keychain.lookup(*place, refused=refused)
+        )
+        return None if found in refused else found
+
+    async def _token(self, host: Host, repository: str, way: Challenge, scope: Scope) -> _Token:
+        key = (host.name, scope)
         token = self._tokens.get(key)
         if token is None or token.usable_until <= trio.current_time():
-            token = await self._token_flights.run(key, lambda: self._fetch(registry, way, scope))
+            token = await self._token_flights.run(key, lambda: self._fetch(host, repository, way, scope))
         return token
 
-    async def _fetch(self, registry: str, way: Challenge, scope: Scope) -> _Token:
-        """Get a token from the server that the challenge names, and keep it."""
-        credentials = await self._lookup(registry)
-        asked = trio.current_time()
-        exchange = _token_request(registry, way, scope, credentials)
-        if exchange.url.scheme == "http" and not self._is_plain(registry):
-            raise AuthenticationFailed(f"{exchange.what}: token server {host_of(exchange.url)} is plain http")
-        reply = await self._wire.fetch(exchange, limit=MAX_TOKEN_REPLY)
-        if reply.status != 200:
-            raise _token_refused(exchange, reply)
+    async def _fetch(self, host: Host, repository: str, way: Challenge, scope: Scope) -> _Token:
+        """Get a token from the server that the challenge names, with the first credentials that it takes."""
+        place = (host.name, repository)
+        refusal: RegistryError | None = None
+        while True:
+            credentials = await self._lookup(place)
+            if credentials is None and refusal is not None:
+                self._refused.pop(place, None)
+                raise refusal
+            asked = trio.current_time()
+            exchange = _token_request(host, way, scope, credentials)
+            if exchange.url.scheme == "http" and host.scheme != "http":
+                raise AuthenticationFailed(
+                    f"{exchange.what}: token server {host_of(exchange.url)} is plain http"
+                )
+            reply = await self._wire.fetch(exchange, limit=MAX_TOKEN_REPLY)
+            if reply.status == 200:
+                return self._keep(exchange, reply, (host.name, scope), asked)
+            refusal = _token_refused(exchange, reply)
+            if refusal.temporary or credentials is None:
+                raise refusal
+            self._refuse(place, credentials)
+
+    def _keep(self, exchange: Exchange, reply: Reply, key: tuple[str, Scope], asked: float) -> _Token:
         header, lifetime = _parse_token(exchange, reply)
         # A tenth early, but ten seconds at most: the time until a request with it arrives.
         token = _Token(header, asked + lifetime - min(lifetime / 10, 10.0))
-        self._tokens = {key: kept for key, kept in self._tokens.items() if kept.usable_until > asked}
-        self._tokens[registry, scope] = token
+        self._tokens = {each: kept for each, kept in self._tokens.items() if kept.usable_until > asked}
+        self._tokens[key] = token
         self.tokens_fetched += 1
         return token
 
@@ -145,9 +179,9 @@ def _basic(credentials: Credentials) -> str:
     return "Basic " + base64.b64encode(pair.encode()).decode()
 
 
-def _token_request(registry: str, way: Challenge, scope: Scope, credentials: Credentials | None) -> Exchange:
+def _token_request(host: Host, way: Challenge, scope: Scope, credentials: Credentials | None) -> Exchange:
     """Return a GET with Basic, or without anything for the public; for an identity token, a POST of OAuth 2."""
-    what = f"token for {registry}"
+    what = f"token for {host.name}"
     try:
         url = httpx.URL(way.parameters.get("realm", ""))
     except httpx.InvalidURL:
@@ -165,12 +199,14 @@ def _token_request(registry: str, way: Challenge, scope: Scope, credentials: Cre
         }
         form["refresh_token"] = credentials.secret
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
-        return Exchange(what, "POST", url, headers=headers, content=urlencode(form).encode())
+        content = urlencode(form).encode()
+        return Exchange(what, "POST", url, headers=headers, content=content, trust=host.trust)
     query = [("service", service)] if service else []
     query += [("scope", item) for item in scopes]
     joint = "&" if url.query else "?"
     full = httpx.URL(f"{url}{joint}{urlencode(query, quote_via=quote)}")
-    return Exchange(what, "GET", full, authorization=None if credentials is None else _basic(credentials))
+    authorization = None if credentials is None else _basic(credentials)
+    return Exchange(what, "GET", full, authorization=authorization, trust=host.trust)
 
 
 def _joint_scope(scope: Scope) -> Scope:

@@ -10,9 +10,9 @@ Concurrency: any number of tasks of one trio run.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -31,13 +31,15 @@ from snapshotter.oci.media_types import INDEX_TYPES, MANIFEST_TYPES, OCTET_STREA
 from snapshotter.oci.reference import Reference
 from snapshotter.registry import push, referrers, stream
 from snapshotter.registry.flight import Flights
+from snapshotter.registry.health import HostStatistics
+from snapshotter.registry.hosts import NO_LIMIT, Host, Hosts, OwnHosts
 from snapshotter.registry.keychain import Keychain
 from snapshotter.registry.replies import check_content_range
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy, Timeouts
-from snapshotter.registry.session import Call, Session, blob_call, manifest_call
+from snapshotter.registry.session import Call, Session, blob_call, is_home, manifest_call
 from snapshotter.registry.source import BlobSource
 from snapshotter.registry.upload import BlobUpload
-from snapshotter.registry.wire import USER_AGENT, Reply, host_of, same_origin
+from snapshotter.registry.wire import USER_AGENT, Reply, host_of
 from snapshotter.units import Digest, parse_digest, sha256_digest
 
 MAX_SOURCES: Final = 4096
@@ -51,12 +53,15 @@ class Statistics:
     requests: int
     retries: int
     tokens_fetched: int
+    hosts: Mapping[str, HostStatistics] = field(default_factory=dict)
+    """By the names of hosts.Host."""
 
 
 class RegistryClient:
     """Manifests and blobs of any registry. An asynchronous context manager.
 
-    `plain_http` True or False forces the scheme; by default it is http for loopback names and https otherwise.
+    `hosts` knows the mirrors. Without it every registry stands for itself, and `plain_http` True or False forces the
+    scheme; by default it is http for loopback names and https otherwise.
     `ca_file` is trusted besides the system's authorities. Errors name the registry's host, the repository and
     the digest; they are RegistryError, DigestMismatch, or InvalidIndex for a manifest that cannot be read.
     """
@@ -68,6 +73,7 @@ class RegistryClient:
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
         retry: RetryPolicy = DEFAULT_RETRY,
         plain_http: bool | None = None,
+        hosts: Hosts | None = None,
         user_agent: str = USER_AGENT,
         ca_file: Path | None = None,
     ) -> None:
@@ -75,7 +81,8 @@ class RegistryClient:
             keychain=keychain,
             timeouts=timeouts,
             retry=retry,
-            plain_http=plain_http,
+            hosts=OwnHosts(plain_http=plain_http) if hosts is None else hosts,
+            allow_downgrade=plain_http is True,
             user_agent=user_agent,
             ca_file=ca_file,
         )
@@ -94,7 +101,10 @@ class RegistryClient:
     def statistics(self) -> Statistics:
         """Return the counts so far."""
         return Statistics(
-            self._session.requests, self._session.retries, self._session.authorizer.tokens_fetched
+            self._session.requests,
+            self._session.retries,
+            self._session.authorizer.tokens_fetched,
+            self._session.circuits.statistics(),
         )
 
     async def resolve(self, ref: Reference) -> Descriptor:
@@ -172,6 +182,10 @@ class RegistryClient:
         self._sources.move_to_end(key)
         return source
 
+    def blame(self, mirror: str, error: Exception) -> None:
+        """Note what went wrong with a source that `mirror` gave; it is not asked for a while."""
+        self._session.blame(mirror, error)
+
     async def push_blob(self, ref: Reference, data: bytes, media_type: str = OCTET_STREAM) -> Descriptor:
         """Upload `data` unless the repository has it, and return its descriptor."""
         return await push.push_blob(self._session, ref, data, media_type)
@@ -204,32 +218,51 @@ class RegistryClient:
 
         What came damaged is asked for once more: one more request is cheaper than a layer that is not lazy.
         """
-        reply = await self._session.fetch(call, limit=limit)
-        if _is_damaged(reply, digest):
-            reply = await self._session.fetch(call, limit=limit)
-        if _is_damaged(reply, digest):
-            found = sha256_digest(reply.body)
-            raise DigestMismatch(f"{call.what}: {host_of(reply.url)} sent content of digest {found}")
-        return reply
+
+        def check(reply: Reply) -> None:
+            if _is_damaged(reply, digest):
+                found = sha256_digest(reply.body)
+                raise DigestMismatch(f"{call.what}: {host_of(reply.url)} sent content of digest {found}")
+
+        try:
+            return await self._session.fetch(call, limit=limit, check=check)
+        except DigestMismatch:
+            return await self._session.fetch(call, limit=limit, check=check)
 
     async def _find_source(self, ref: Reference, digest: Digest) -> BlobSource:
         call = blob_call(ref, digest, start=0, end=2)
-        return await self._session.retrying(call.what, lambda: self._follow(call))
+        last = self._session.hosts_for(call)[-1]
+        return await self._session.retrying(
+            call.what,
+            lambda: self._session.first(call, lambda host: self._follow(host, call, is_mirror=host != last)),
+        )
 
-    async def _follow(self, call: Call) -> BlobSource:
+    async def _follow(self, host: Host, call: Call, *, is_mirror: bool) -> BlobSource:
         """Ask for the first two bytes, as the data will be asked for, and see where that leads."""
-        deadline = self._session.wire.deadline()
-        response = await self._session.open(call, deadline)
-        host = host_of(response.url)
+        deadline = self._session.wire.deadline(host.timeout)
+        response = await self._session.open(host, call, deadline)
+        where = host_of(response.url)
         if response.status_code == 200:
             await response.aclose()
-            raise RangeNotHonoured(f"{call.what}: {host} answers a range request with everything")
+            raise RangeNotHonoured(f"{call.what}: {where} answers a range request with everything")
         await self._session.wire.read(response, call.what, limit=2, deadline=deadline)
-        check_content_range(call.what, host, response.headers.get("Content-Range"), 0, 2)
-        at_home = same_origin(response.url, self._session.url(call.ref, ""))
-        authorization = response.request.headers.get("Authorization") if at_home else None
-        headers = {} if authorization is None else {"Authorization": authorization}
-        return BlobSource(str(response.url), headers, host, call.what)
+        check_content_range(call.what, where, response.headers.get("Content-Range"), 0, 2)
+        headers = {}
+        if is_home(host, response.url):
+            authorization = response.request.headers.get("Authorization")
+            headers = dict(host.headers)
+            if authorization is not None:
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+                headers["Authorization"] = authorization
+        return BlobSource(
+            str(response.url),
+            headers,
+            where,
+            call.what,
+            host.name if is_mirror else "",
+            host.trust,
+            0.0 if host.timeout in {None, NO_LIMIT} else float(host.timeout or 0.0),
+        )
 
 
 def _is_damaged(reply: Reply, digest: Digest | None) -> bool:

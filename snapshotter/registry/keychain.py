@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -44,10 +44,13 @@ class Credentials:
 class Keychain(Protocol):
     """Where credentials come from."""
 
-    async def lookup(self, host: str) -> Credentials | None:
-        """Return the credentials for the registry `host` (`docker.io`, `r.example:5000`), or None.
+    async def lookup(
+        self, host: str, repository: str = "", *, refused: Collection[Credentials] = ()
+    ) -> Credentials | None:
+        """Return the credentials for `repository` at the registry `host` (`docker.io`, `r.example:5000`), or None.
 
-        Raises AuthenticationFailed when there is an answer but it cannot be read.
+        `refused` did not get in just now: whoever can get others does. Raises AuthenticationFailed when there
+        is an answer but it cannot be read.
         """
 
 
@@ -57,24 +60,15 @@ class StaticKeychain:
     def __init__(self, credentials: Mapping[str, Credentials]) -> None:
         self._credentials = dict(credentials)
 
-    async def lookup(self, host: str) -> Credentials | None:
+    async def lookup(
+        self,
+        host: str,
+        repository: str = "",  # noqa: ARG002
+        *,
+        refused: Collection[Credentials] = (),  # noqa: ARG002
+    ) -> Credentials | None:
         """Return the credentials given for `host`."""
         return self._credentials.get(host)
-
-
-class ChainKeychain:
-    """Several keychains; the first one with an answer wins."""
-
-    def __init__(self, *keychains: Keychain) -> None:
-        self._keychains = keychains
-
-    async def lookup(self, host: str) -> Credentials | None:
-        """Return the first answer. Raises AuthenticationFailed from the first keychain that does."""
-        for keychain in self._keychains:
-            credentials = await keychain.lookup(host)
-            if credentials is not None:
-                return credentials
-        return None
 
 
 class DockerConfigKeychain:
@@ -87,7 +81,13 @@ class DockerConfigKeychain:
         self._path = path
         self._helper_timeout = helper_timeout
 
-    async def lookup(self, host: str) -> Credentials | None:
+    async def lookup(
+        self,
+        host: str,
+        repository: str = "",  # noqa: ARG002
+        *,
+        refused: Collection[Credentials] = (),  # noqa: ARG002
+    ) -> Credentials | None:
         """Return what the file, or the credential helper it names, knows about `host`.
 
         Raises AuthenticationFailed naming the file or the helper that cannot be used.
@@ -95,13 +95,21 @@ class DockerConfigKeychain:
         path = _default_path() if self._path is None else self._path
         config = _load(path)
         helpers = _member(config, "credHelpers", dict, path)
+        failure: AuthenticationFailed | None = None
         for name in (_match(helpers, host), config.get("credsStore")):
             if name:
-                credentials = await self._ask(name, host, path)
+                try:
+                    credentials = await self._ask(name, host, path)
+                except AuthenticationFailed as error:
+                    failure = failure or error
+                    continue
                 if credentials is not None:
                     return credentials
         entry = _match(_member(config, "auths", dict, path), host)
-        return None if entry is None else _from_entry(entry, host, path)
+        found = None if entry is None else _from_entry(entry, host, path)
+        if found is None and failure is not None:
+            raise failure
+        return found
 
     async def _ask(self, name: object, host: str, path: Path) -> Credentials | None:
         """Run `docker-credential-<name> get`."""

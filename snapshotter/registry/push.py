@@ -11,6 +11,7 @@ from snapshotter.errors import BlobNotFound, DigestMismatch, RegistryRefused
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.media_types import OCTET_STREAM
 from snapshotter.oci.reference import Reference
+from snapshotter.registry.hosts import PUSH
 from snapshotter.registry.replies import MAX_ERROR_BODY
 from snapshotter.registry.session import Call, Session
 from snapshotter.registry.wire import Reply, joined
@@ -19,7 +20,8 @@ from snapshotter.units import Digest, sha256_digest
 
 async def has_blob(session: Session, ref: Reference, digest: Digest) -> bool:
     """Say whether the repository of `ref` has the blob. Raises RegistryError."""
-    call = Call(f"blob {digest} of {ref.locator}", ref, "HEAD", f"blobs/{digest}")
+    # Asked where a push would go: what a mirror has, the registry need not have.
+    call = Call(f"blob {digest} of {ref.locator}", ref, "HEAD", f"blobs/{digest}", capability=PUSH)
     try:
         await session.fetch(call, limit=0)
     except BlobNotFound:

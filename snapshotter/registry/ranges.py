@@ -28,6 +28,7 @@ from urllib3.exceptions import (
 
 from snapshotter.errors import (
     AuthenticationFailed,
+    ConfigError,
     RangeNotHonoured,
     RegistryRefused,
     RegistryTimeout,
@@ -38,7 +39,7 @@ from snapshotter.registry.pools import Pools
 from snapshotter.registry.replies import MAX_ERROR_BODY, check_content_range, error_for
 from snapshotter.registry.retry import DEFAULT_TIMEOUTS, Timeouts
 from snapshotter.registry.source import BlobSource
-from snapshotter.registry.tls import client_context, silence_libraries, system_reason, untrusted
+from snapshotter.registry.tls import silence_libraries, system_reason, untrusted
 from snapshotter.registry.wire import USER_AGENT
 
 PIECE: Final = 256 << 10
@@ -62,7 +63,7 @@ class RangeClient:
         silence_libraries()
         self._timeouts = timeouts
         self._headers = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
-        self._pools = Pools(connections=connections, context=client_context(ca_file))
+        self._pools = Pools(connections=connections, ca_file=ca_file)
 
     def close(self) -> None:
         """Close the idle connections; those in use close when their read ends."""
@@ -92,7 +93,7 @@ class RangeClient:
             raise RegistryRefused(f"{source.what}: its source is no URL")
         target = bytearray(end - start) if into is None else into
         what = f"bytes [{start}, {end}) of {source.what}"
-        limit = time.monotonic() + self._timeouts.total
+        limit = time.monotonic() + (source.timeout or self._timeouts.total)
         limit = limit if deadline is None else min(limit, deadline)
         with self._opened(source, what, start, end, limit) as response, memoryview(target).cast("B") as view:
             self._check(response, what, source.host, start, end)
@@ -121,7 +122,7 @@ class RangeClient:
         # HTTP's ranges are closed: the only place where an end is inclusive.
         headers = self._headers | dict(source.headers) | {"Range": f"bytes={start}-{end - 1}"}
         with _translated(what, source.host, in_body=False):
-            response = self._pools.find(source.url).request(
+            response = self._pools.find(source.url, source.trust).request(
                 "GET",
                 source.url,
                 headers=headers,
@@ -186,6 +187,8 @@ def _translated(what: str, host: str, *, in_body: bool) -> Iterator[None]:
     """Turn what urllib3 raises into our own errors, without its texts, which may show the URL."""
     try:
         yield
+    except ConfigError as error:
+        raise RegistryRefused(f"{what}: {host} cannot be asked: {error}") from None
     except NewConnectionError as error:
         # To urllib3 it is a kind of timeout.
         raise RegistryUnavailable(f"{what}: cannot reach {host}: {system_reason(error)}") from None

@@ -18,6 +18,7 @@ from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import MAX_MANIFEST_SIZE, ImageIndex, ImageManifest, go_json, parse
 from snapshotter.oci.media_types import OCI_INDEX
 from snapshotter.oci.reference import Reference
+from snapshotter.registry.hosts import RESOLVE, Host
 from snapshotter.registry.push import push_manifest
 from snapshotter.registry.replies import error_code
 from snapshotter.registry.session import Call, Session
@@ -94,29 +95,47 @@ async def _listing(fetch_manifest: FetchManifest, ref: Reference, subject: Diges
 async def _from_api(
     session: Session, ref: Reference, subject: Digest, artifact_type: str
 ) -> tuple[Descriptor, ...] | None:
-    """Return what the referrers API lists, None if the registry has no such API."""
+    """Return what the referrers API lists, None if the registry has no such API.
+
+    A mirror that lists nothing, or has no such API, says nothing about the registry.
+    """
     what = f"referrers of {ref.locator}@{subject}"
     path = f"referrers/{subject}?artifactType={quote(artifact_type, safe='')}"
+    call = Call(
+        what, ref, "GET", path, {"Accept": OCI_INDEX}, capability=RESOLVE, success=frozenset({200, 404})
+    )
+    last = session.hosts_for(call)[-1]
+
+    async def ask(host: Host) -> tuple[Descriptor, ...] | None:
+        found = await _pages(session, host, call)
+        if not found and host != last:
+            raise BlobNotFound(f"{what}: {host.name} lists none")
+        return found
+
+    return await session.retrying(what, lambda: session.first(call, ask))
+
+
+async def _pages(session: Session, host: Host, call: Call) -> tuple[Descriptor, ...] | None:
+    """Return what `host` lists on all pages, None if it has no such API."""
     found: list[Descriptor] = []
     for _ in range(MAX_PAGES):
-        call = Call(what, ref, "GET", path, {"Accept": OCI_INDEX}, success=frozenset({200, 404}))
         try:
-            reply = await session.fetch(call, limit=MAX_MANIFEST_SIZE)
+            reply = await session.ask(host, call, limit=MAX_MANIFEST_SIZE)
         except RegistryRefused:
             # Older registries take "referrers" for a broken path of another API and answer 400 or 405.
             return None
         if reply.status == 404 and error_code(reply.body) == "NAME_UNKNOWN":
-            raise BlobNotFound(f"{what}: {host_of(reply.url)} answered 404 NAME_UNKNOWN")
+            raise BlobNotFound(f"{call.what}: {host_of(reply.url)} answered 404 NAME_UNKNOWN")
         if reply.status == 404 or reply.media_type != OCI_INDEX:
             return None
         page = parse(reply.body, OCI_INDEX)
         assert isinstance(page, ImageIndex)
         found += page.manifests
-        following = _next_page(what, reply)
+        following = _next_page(call.what, reply)
         if following is None:
             return tuple(found)
-        path = following
-    raise RegistryRefused(f"{what}: more than {MAX_PAGES} pages")
+        call = replace(call, path=following)
+    raise RegistryRefused(f"{call.what}: more than {MAX_PAGES} pages")
 
 
 def _next_page(what: str, reply: Reply) -> str | None:

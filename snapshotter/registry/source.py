@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from snapshotter.registry.tls import SYSTEM, Trust
+
 
 @dataclass(frozen=True, slots=True)
 class BlobSource:
@@ -21,20 +23,43 @@ class BlobSource:
     """For messages; the URL and the headers are never for messages."""
     what: str = "a blob"
     """What it is, for messages: digest and repository."""
+    mirror: str = ""
+    """The mirror that gave it; there is another source then, should this one fail. Empty: the registry itself."""
+    trust: Trust = SYSTEM
+    """How its host is known."""
+    timeout: float = 0.0
+    """Seconds that one request may take; 0: as long as any."""
 
     def __repr__(self) -> str:
         return f"BlobSource({self.what} at {self.host})"
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that `from_json` reads. It holds secrets: for our own sockets only."""
-        return {"url": self.url, "headers": dict(self.headers), "host": self.host, "what": self.what}
+        return {
+            "url": self.url,
+            "headers": dict(self.headers),
+            "host": self.host,
+            "what": self.what,
+            "mirror": self.mirror,
+            "trust": self.trust.to_json(),
+            "timeout": self.timeout,
+        }
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> BlobSource:
         """Return the source that `to_json` wrote. Raises ValueError, without the content, if it is not one."""
         match obj:
             case {"url": str(url), "headers": dict(headers), "host": str(host)} if _is_text(headers):
-                return cls(url, dict(headers), host, str(obj.get("what", "a blob")))
+                trust = Trust.from_json(obj["trust"]) if "trust" in obj else SYSTEM
+                return cls(
+                    url,
+                    dict(headers),
+                    host,
+                    str(obj.get("what", "a blob")),
+                    str(obj.get("mirror", "")),
+                    trust,
+                    float(obj.get("timeout", 0.0)),
+                )
         raise ValueError("not a blob source")
 
 

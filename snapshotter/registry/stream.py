@@ -12,8 +12,15 @@ from typing import Final
 
 import httpx
 
-from snapshotter.errors import DigestMismatch, RangeNotHonoured, RegistryError, RegistryRefused
+from snapshotter.errors import (
+    DigestMismatch,
+    RangeNotHonoured,
+    RegistryError,
+    RegistryRefused,
+    RegistryUnavailable,
+)
 from snapshotter.oci.reference import Reference
+from snapshotter.registry.hosts import Host
 from snapshotter.registry.replies import check_content_range
 from snapshotter.registry.session import Call, Session, blob_call
 from snapshotter.registry.wire import host_of
@@ -47,6 +54,7 @@ async def stream_blob(
                 attempt = 1
             await session.pause(stream.what, attempt, error)
     if hasher.hexdigest() != digest_hex(digest) or size not in {None, stream.position}:
+        stream.blame_mirrors()
         raise DigestMismatch(f"{stream.what}: the registry sent {stream.position} bytes that are not it")
 
 
@@ -60,6 +68,13 @@ class _Stream:
         self._size = size
         self.what = blob_call(ref, digest).what
         self.position = 0
+        self._mirrors: set[str] = set()
+        """Those that sent a part of it."""
+
+    def blame_mirrors(self) -> None:
+        """The whole is wrong: nobody knows whose part, so that none of the mirrors is asked for a while."""
+        for mirror in self._mirrors:
+            self._session.blame(mirror, DigestMismatch(f"{self.what}: a blob of another digest"))
 
     async def attempt(self) -> AsyncGenerator[bytes, None]:
         """Yield what is missing. Raises a RegistryError when it does not all come."""
@@ -73,17 +88,28 @@ class _Stream:
                 )
             end = self._size
         call = blob_call(self._ref, self._digest, start=self.position, end=end)
-        deadline = self._session.wire.deadline()
-        response = await self._session.open(call, deadline)
-        async with aclosing(self._session.wire.pieces(response, call.what, deadline=deadline)) as pieces:
-            self._check(call, response, end)
-            async for piece in pieces:
-                self.position += len(piece)
-                if self._size is not None and self.position > self._size:
-                    raise RegistryRefused(
-                        f"{call.what}: {host_of(response.url)} sends more than {self._size} bytes"
-                    )
-                yield piece
+        mirrors = {host.name for host in self._session.hosts_for(call)[:-1]}
+        host, response, deadline = await self._session.first(call, lambda host: self._open(host, call))
+        try:
+            async with aclosing(self._session.wire.pieces(response, call.what, deadline=deadline)) as pieces:
+                self._check(call, response, end)
+                async for piece in pieces:
+                    self._mirrors |= mirrors & {host.name}
+                    self.position += len(piece)
+                    if self._size is not None and self.position > self._size:
+                        raise RegistryRefused(
+                            f"{call.what}: {host_of(response.url)} sends more than {self._size} bytes"
+                        )
+                    yield piece
+        except RegistryError as error:
+            if host.name not in mirrors:
+                raise
+            self._session.blame(host.name, error)
+            raise RegistryUnavailable(str(error)) from None  # there is somebody else to ask
+
+    async def _open(self, host: Host, call: Call) -> tuple[Host, httpx.Response, float]:
+        deadline = self._session.wire.deadline(host.timeout)
+        return host, await self._session.open(host, call, deadline), deadline
 
     def _check(self, call: Call, response: httpx.Response, end: int | None) -> None:
         """See that the reply is what is missing, and learn the size from the first one."""

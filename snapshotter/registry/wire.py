@@ -21,7 +21,14 @@ from snapshotter import __version__
 from snapshotter.errors import RegistryRefused, RegistryTimeout, RegistryUnavailable, ShortBody
 from snapshotter.registry.replies import MAX_ERROR_BODY
 from snapshotter.registry.retry import Timeouts
-from snapshotter.registry.tls import client_context, silence_libraries, system_reason, untrusted
+from snapshotter.registry.tls import (
+    SYSTEM,
+    Trust,
+    client_context,
+    silence_libraries,
+    system_reason,
+    untrusted,
+)
 
 USER_AGENT: Final = f"soci-snapshotter/{__version__}"
 MAX_REDIRECTS: Final = 10
@@ -34,7 +41,7 @@ _KEEPALIVE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request. `authorization` goes to the origin of `url` and to nobody else."""
+    """One request. `authorization` and `own_headers` go to the origin of `url` and to nobody else."""
 
     what: str
     """What is asked for, in words for messages."""
@@ -43,6 +50,10 @@ class Exchange:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     content: bytes | None = field(default=None, repr=False)
     authorization: str | None = field(default=None, repr=False)
+    own_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    trust: Trust = SYSTEM
+    connect_timeout: float | None = None
+    """Seconds; None: as any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +81,38 @@ class Wire:
     ) -> None:
         silence_libraries()
         self._timeouts = timeouts
+        self._user_agent = user_agent
         self._allow_downgrade = allow_downgrade
-        self._client = httpx.AsyncClient(
-            verify=client_context(ca_file),
-            headers={"User-Agent": user_agent, "Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(timeouts.read, connect=timeouts.connect, pool=timeouts.total),
-            # Cookies would carry one caller's state into another's requests.
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE),
-        )
+        self._ca_file = ca_file
+        self._clients: dict[Trust, httpx.AsyncClient] = {}
+        self._client(SYSTEM)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
-    def deadline(self) -> float:
-        """Return when an attempt that starts now must have ended, in trio's time."""
-        return trio.current_time() + self._timeouts.total
+    def deadline(self, total: float | None = None) -> float:
+        """Return when an attempt that starts now, and may take `total` seconds, must have ended, in trio's time."""
+        return trio.current_time() + (self._timeouts.total if total is None else total)
+
+    def _client(self, trust: Trust) -> httpx.AsyncClient:
+        """Return the client for hosts that are trusted so. Raises ConfigError for files that cannot be used."""
+        client = self._clients.get(trust)
+        if client is None:
+            client = self._clients[trust] = httpx.AsyncClient(
+                verify=client_context(trust, self._ca_file),
+                headers={"User-Agent": self._user_agent, "Accept-Encoding": "identity"},
+                timeout=self._limits(None),
+                # Cookies would carry one caller's state into another's requests.
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+                limits=httpx.Limits(keepalive_expiry=_KEEPALIVE),
+            )
+        return client
+
+    def _limits(self, connect: float | None) -> httpx.Timeout:
+        times = self._timeouts
+        return httpx.Timeout(times.read, connect=connect or times.connect, pool=times.total)
 
     async def fetch(self, exchange: Exchange, *, limit: int) -> Reply:
         """Send `exchange`, follow redirects, and return the reply, whatever its status, with its body.
@@ -167,12 +193,21 @@ class Wire:
             await _abandon(response, raw)
 
     async def _send(self, exchange: Exchange, method: str, url: httpx.URL, deadline: float) -> httpx.Response:
-        headers = dict(exchange.headers)
-        if exchange.authorization is not None and same_origin(url, exchange.url):
-            headers["Authorization"] = exchange.authorization
+        headers = httpx.Headers(exchange.headers)
+        if same_origin(url, exchange.url):
+            headers.update(exchange.own_headers)
+            if exchange.authorization is not None:
+                headers["Authorization"] = exchange.authorization
+        client = self._client(exchange.trust)
         with _translated(exchange.what, url, in_body=False), trio.fail_at(deadline):
-            request = self._client.build_request(method, url, headers=headers, content=exchange.content)
-            return await self._client.send(request, stream=True)
+            request = client.build_request(
+                method,
+                url,
+                headers=headers,
+                content=exchange.content,
+                timeout=self._limits(exchange.connect_timeout),
+            )
+            return await client.send(request, stream=True)
 
     def _target(self, what: str, url: httpx.URL, location: str) -> httpx.URL:
         """Return where a redirect leads. Raises RegistryRefused where it must not be followed."""

@@ -113,8 +113,8 @@ def test_lists_as_json(soci: Soci, image: Image) -> None:
 
 
 def test_flags_that_others_pass_are_accepted(soci: Soci, image: Image) -> None:
-    ignored = ("-k", "--refresh", "--hosts-dir", "/", "--tlscacert", "/c", "--http-dump", "--http-trace")
-    create(soci, image, *ignored)
+    accepted = ("-k", "--refresh", "--hosts-dir", "/", "--tlscacert", "/c", "--http-dump", "--http-trace")
+    create(soci, image, *accepted)
 
 
 class Terminal(io.StringIO):

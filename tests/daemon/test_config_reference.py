@@ -171,7 +171,6 @@ def test_a_key_without_effect_has_none(file: Path, key: tuple[str, ...]) -> None
         "[fuse]\nlog_fuse_operations = true",
         "[prefetch]\nenable = true",
         "[pull_modes.parallel_pull_unpack]\nenable = true",
-        '[[resolver.host."r.example".mirrors]]\nhost = "m.example"',
         "[kubeconfig_keychain]\nenable_keychain = true",
         "[cri_keychain]\nenable_keychain = true",
     ],

@@ -18,6 +18,7 @@ import trio.testing
 
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.errors import ProcessFailed, RegistryRefused, RegistryUnavailable
+from snapshotter.fetch import control
 from snapshotter.layer import wire
 from snapshotter.layer.spans import SpanState, SpanView
 from snapshotter.layer.tree import Tree
@@ -45,7 +46,8 @@ class Rig:
     failures: list[Exception] = field(default_factory=list)
     """What to answer to the next questions instead of the place."""
 
-    async def source_of(self, layer: Digest, renew: bool) -> BlobSource:
+    async def source_of(self, question: control.NeedSource) -> BlobSource:
+        layer, renew = question.layer, question.renew
         self.questions.append((layer, renew))
         if self.failures:
             raise self.failures.pop(0)

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from snapshotter.daemon import web
+from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.metrics import SERVER_GAUGES, Collector
 from snapshotter.daemon.phases import BUCKETS_S, Phase, Phases, Timings
 from snapshotter.daemon.reference_metrics import LayerNumbers, ReferenceCollector
@@ -56,6 +57,10 @@ class Numbers:
 
     def fallbacks(self) -> Mapping[str, int]:
         return self.reasons
+
+    def registry(self) -> Iterator[Family]:
+        yield Family("soci_registry_requests", "Calls.", ("host", "outcome"), True, [(("r", "ok"), 3)])
+        yield Family("soci_registry_host_resting", "Rest.", ("host",), False, [(("r",), True)])
 
     def phases(self) -> Mapping[Phase, Timings]:
         return self.steps.snapshot()
@@ -361,3 +366,9 @@ def test_nothing_stays_open(numbers: Numbers) -> None:
     before = len(os.listdir("/proc/self/fd"))
     serve(numbers, "tcp", f"127.0.0.1:{free_port()}")()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_hosts_have_their_own_numbers(scrape: Scrape) -> None:
+    text = scrape()
+    assert 'soci_registry_requests_total{host="r",outcome="ok"} 3.0' in text
+    assert 'soci_registry_host_resting{host="r"} 1.0' in text

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 
 import pytest
 import trio
@@ -247,7 +248,9 @@ def test_a_rotated_password_is_looked_up_again(start: StartRegistry, mode: type[
     known = {registry.host: Credentials(registry.auth.username, registry.auth.password)}
 
     class Rotating:
-        async def lookup(self, host: str) -> Credentials | None:
+        async def lookup(
+            self, host: str, repository: str = "", *, refused: Collection[Credentials] = ()
+        ) -> Credentials | None:
             return known[host]
 
     async def work(client: RegistryClient) -> bytes:

@@ -13,12 +13,11 @@ import trio
 
 from snapshotter.errors import AuthenticationFailed
 from snapshotter.registry.keychain import (
-    ChainKeychain,
     Credentials,
     DockerConfigKeychain,
     Keychain,
-    StaticKeychain,
 )
+from tests.support.process import is_alive, wait_until
 
 ALICE = Credentials("alice", "s3cret-word")
 WriteHelper = Callable[[str, str], None]
@@ -55,16 +54,6 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteHelper:
 
 def test_credentials_do_not_show_their_secret() -> None:
     assert repr(ALICE) == "Credentials(username='alice')"
-
-
-def test_the_first_keychain_with_an_answer_wins() -> None:
-    bob = Credentials("bob", "x")
-    chain = ChainKeychain(
-        StaticKeychain({}), StaticKeychain({"r": ALICE}), StaticKeychain({"r": bob, "s": bob})
-    )
-    assert lookup(chain, "r") == ALICE
-    assert lookup(chain, "s") == bob
-    assert lookup(chain, "t") is None
 
 
 @pytest.mark.parametrize(
@@ -244,6 +233,5 @@ def test_a_helper_that_hangs_is_ended_with_its_children(
         lookup(write(docker_config, {"credsStore": "hanging"}), "r.example")
     assert time.monotonic() - started < 5
     child = int((tmp_path / "child").read_text())
-    # Adopted by init, which may take a moment to reap it.
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Adopted by init, which may take a moment to reap it; the kernel too takes one on a busy machine.
+    wait_until(lambda: not is_alive(child), timeout=20, what="end of the helper's child")

@@ -190,7 +190,7 @@ def _compose(
     fetcher = FetcherProcess(
         root,
         options=json.dumps({"read_budget_s": options.read_budget, "log_level": "fatal"}),
-        source_of=lambda layer, renew: sources.find(layer, renew=renew),
+        source_of=sources.answer,
         on_restart=lambda: parts[0].keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
         on_complete=lambda _layer, _verified: None,
     )

@@ -95,7 +95,6 @@ NOT_YET: tuple[KeyPath, ...] = (
     ("content_store", "containerd_address"),
     ("pull_modes", "parallel_pull_unpack"),
     ("prefetch",),
-    ("resolver", "host"),
     ("kubeconfig_keychain",),
     ("cri_keychain",),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from snapshotter.daemon.config.keys import parse_size, table_list, table_map, text_list, value
 
@@ -29,6 +30,10 @@ def _path_or_nothing(text: str) -> str:
     return _absolute_path(text) if text else text
 
 
+def _search_path(text: str) -> str:
+    return ":".join(_absolute_path(part) for part in text.split(":")) if text else text
+
+
 def _socket_path(text: str) -> str:
     return _absolute_path(text.removeprefix("unix://"))
 
@@ -42,6 +47,10 @@ def _chunk_size(text: str) -> str:
 def _host(text: str) -> str:
     if not text or any(letter.isspace() for letter in text):
         raise ValueError(text)
+    parts = urlsplit(text if "://" in text else f"https://{text}")
+    if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+        raise ValueError(text)
+    _ = parts.port  # raises ValueError for one that is no number
     return text
 
 
@@ -280,6 +289,13 @@ class HostConfig:
 class ResolverConfig:
     """Hosts of registries."""
 
+    config_path: str = value(
+        # What containerd 2 looks at, and its clients; containerd 1 does so once its config_path is set.
+        "/etc/containerd/certs.d:/etc/docker/certs.d",
+        "containerd's directories of hosts.toml, separated by colons; empty: none. [resolver.host] comes first.",
+        form="absolute paths separated by colons, or empty",
+        convert=_search_path,
+    )
     host: Mapping[str, HostConfig] = table_map(
         HostConfig,
         "Mirrors, by registry.",
