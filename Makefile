@@ -11,12 +11,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
 COMPILE := .cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-annotate \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: help setup system lint format test demo bench lock clean distclean
+# How long `make chaos` and `make fuzz` run, and which chaos.
+SECONDS ?= 600
+SEED ?= 7
+CYCLES ?= 1000
+
+.PHONY: help setup system lint format test demo bench chaos fuzz leaks lock clean distclean
 
 help:
 	@echo "make setup   system packages and .venv, from the lock files (idempotent)"
 	@echo "make test    every gate and every test; needs root and /dev/fuse"
 	@echo "make demo    a real image, pulled in full and lazily, through a real containerd"
+	@echo "make chaos   SECONDS=600 SEED=7: kills, broken registries and links under readers; ends with a line of JSON"
+	@echo "make fuzz    SECONDS=600: every parser of foreign bytes, guided by coverage; a line of JSON for each"
+	@echo "make leaks   CYCLES=1000: mount cycles and many reads; ends with a line of JSON"
 	@echo "make lint    format check, lint, types"
 	@echo "make format  rewrite to the house format"
 	@echo "make lock    choose the newest allowed versions again"
@@ -58,6 +66,15 @@ demo: setup
 	@$(BIN)/python -m bench.demo
 
 bench: demo
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
+
+leaks: setup
+	@$(BIN)/python -m tests.chaos.leaks --cycles $(CYCLES)
 
 lock:
 	@test -x .cache/lock/bin/pip-compile || { $(PYTHON) -m venv .cache/lock && .cache/lock/bin/pip install --quiet pip-tools==7.6.2; }

@@ -62,9 +62,9 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError(f"message is not an object: {data[:80]!r}")  # noqa: TRY004 - the bytes are wrong
-    except ValueError:
+    except (ValueError, RecursionError) as error:
         _close(fds)
-        raise
+        raise ValueError(str(error)) from None
     return message, list(fds)
 
 

@@ -142,6 +142,11 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def is_name(name: str) -> bool:
+    """Return whether the manager would store descriptors under `name`."""
+    return 0 < len(name) <= _NAME_MAX and ":" not in name and name.isascii() and name.isprintable()
+
+
 def _check_name(name: str) -> None:
-    if not 0 < len(name) <= _NAME_MAX or ":" in name or not (name.isascii() and name.isprintable()):
+    if not is_name(name):
         raise ValueError(f"not a name for stored descriptors: {name!r}")

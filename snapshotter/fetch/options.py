@@ -58,7 +58,7 @@ class Options:
         """Return the options in a JSON object. Raises ConfigError: no object, an unknown key, a wrong type."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"fetcher options are not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError("fetcher options are not a JSON object")

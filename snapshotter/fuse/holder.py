@@ -21,11 +21,14 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import signal
 import socket
 import sys
 
 from snapshotter import messages
-from snapshotter.sdnotify import Notifier, listen_fds
+from snapshotter.sdnotify import Notifier, is_name, listen_fds
+
+_OTHER_TIMEOUT_S = 5.0
 
 
 class Table:
@@ -61,9 +64,9 @@ def handle(table: Table, message: messages.Message, fds: list[int], peer: socket
     """Carry out one message and answer it. Raises OSError when the peer is gone, ValueError for nonsense."""
     name = str(message.get("name", ""))
     match message.get("op"):
-        case "put" if len(fds) == 1 and name:
+        case "put" if len(fds) == 1 and is_name(name):
             table.put(name, fds[0])
-        case "drop" if name and not fds:
+        case "drop" if is_name(name) and not fds:
             table.drop(name)
         case "list" if not fds:
             for each, fd in table.items():
@@ -116,11 +119,32 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
+def inherit(path: str) -> list[tuple[str, int]]:
+    """Return what another holder at `path` keeps, and end it: of two, a daemon would only ever hear one."""
+    found: list[tuple[str, int]] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        try:
+            other.connect(path)
+        except OSError:  # there is none
+            return []
+        other.settimeout(_OTHER_TIMEOUT_S)
+        with contextlib.suppress(OSError, ValueError):
+            messages.send(other, {"op": "list"})
+            while (received := messages.receive(other)) is not None and not received[0].get("ok"):
+                found.append((received[0]["name"], received[1][0]))
+        peer = other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int.from_bytes(peer[:4], sys.byteorder), signal.SIGKILL)
+    return found
+
+
 def main(path: str) -> None:
     """Run the holder at the socket `path` until it is killed."""
     notifier = Notifier.from_environ()
     table = Table(notifier)
     table.adopt(listen_fds())
+    for name, fd in inherit(path):
+        table.put(name, fd)
     listener = listen(path)
     notifier.ready("keeping descriptors of lazy mounts")
     serve(listener, table)

@@ -25,6 +25,10 @@ _CALL_TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 10.0
 _RETRY_S = 0.01
 
+_UNIT_PATIENCE_S = 5.0
+"""How long a daemon that runs under a service manager waits for the holder's own unit before it starts a holder
+itself. The unit restarts after 100 ms, but with the descriptors from its store, which a holder of ours would not have."""
+
 
 class HolderClient:
     """Puts, drops and lists descriptors; connects again when the holder was restarted."""
@@ -87,8 +91,8 @@ class HolderClient:
     def _connect(self) -> None:
         if self._socket is not None:
             return
+        sock = self._wait_for_unit()
         deadline = time.monotonic() + _START_TIMEOUT_S
-        sock = _try_connect(self._path)
         if sock is None:
             _start_detached(self._path)
         while sock is None:
@@ -102,6 +106,14 @@ class HolderClient:
         peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         self.pid = int.from_bytes(peer[:4], sys.byteorder)
         self._socket = sock
+
+    def _wait_for_unit(self) -> socket.socket | None:
+        """Return a connection to a holder that runs or is just being started by its unit, None if there is none."""
+        patience = _UNIT_PATIENCE_S if os.environ.get("NOTIFY_SOCKET") else 0.0
+        deadline = time.monotonic() + patience
+        while (sock := _try_connect(self._path)) is None and time.monotonic() < deadline:
+            time.sleep(_RETRY_S)
+        return sock
 
     def _disconnect(self) -> None:
         if self._socket is not None:

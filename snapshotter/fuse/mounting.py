@@ -93,7 +93,9 @@ def _mountinfo() -> list[MountInfo]:
 
 
 def _parse(line: bytes) -> MountInfo:
-    fields = line.split()
+    fields = line.rstrip(b"\n").split(
+        b" "
+    )  # the kernel escapes spaces, but no other white space than tabs and newlines
     tail = fields[fields.index(b"-") + 1 :]
     target = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
     return MountInfo(target, tail[0].decode(), tail[1].decode(errors="replace"))

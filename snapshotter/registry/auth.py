@@ -32,6 +32,8 @@ Scope = tuple[str, ...]
 
 DEFAULT_LIFETIME: Final = 60.0
 """Seconds that a token lives when its server does not say: the token specification's default."""
+_MAX_LIFETIME: Final = 1e9
+"""Seconds; a registry that promises more than decades does not mean it."""
 MAX_TOKEN_REPLY: Final = 256 << 10
 """Bytes. Tokens of some registries are several KiB of JSON Web Token."""
 REFUSED_SECONDS: Final = 300.0
@@ -229,7 +231,11 @@ def _parse_token(exchange: Exchange, reply: Reply) -> tuple[str, float]:
     if not isinstance(token, str) or not token.isascii() or not token.isprintable():
         raise AuthenticationFailed(f"{exchange.what}: the answer of {host_of(reply.url)} holds no token")
     lifetime = members.get("expires_in")
-    if isinstance(lifetime, bool) or not isinstance(lifetime, int | float) or lifetime <= 0:
+    if (
+        isinstance(lifetime, bool)
+        or not isinstance(lifetime, int | float)
+        or not 0 < lifetime <= _MAX_LIFETIME
+    ):
         lifetime = DEFAULT_LIFETIME
     return f"Bearer {token}", float(lifetime)
 

@@ -73,8 +73,9 @@ def retry_after(value: str | None, now: float) -> float | None:
     """Return the seconds that a Retry-After header (seconds or a date) asks for; None if it says nothing."""
     if value is None:
         return None
-    if value.strip().isascii() and value.strip().isdigit():
-        return float(value)
+    seconds = value.strip()
+    if seconds.isascii() and seconds.isdigit():
+        return float(seconds)
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - now)
     except (ValueError, OverflowError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from snapshotter import messages
 from snapshotter.errors import ProcessFailed
 from snapshotter.fuse.holding import HolderClient
+from tests.support.process import wait_until
 
 
 @pytest.fixture
@@ -167,3 +170,55 @@ def start_with_stored(path: str, fd: int, name: str) -> subprocess.Popen[bytes]:
     while not os.path.exists(path):
         time.sleep(0.01)
     return process
+
+
+def test_a_second_holder_takes_over_from_the_first_and_ends_it(tmp_path: Path) -> None:
+    """The unit's holder may start when a daemon, tired of waiting, has started one of its own."""
+    path = str(tmp_path / "held.sock")
+    client = HolderClient(path)
+    client.connect()
+    first = client.pid
+    fd = pipe_with(b"kept")
+    client.put("4.45-1-2", fd)
+    os.close(fd)
+    client.close()
+    ended = os.pidfd_open(first)
+    second = subprocess.Popen([sys.executable, "-m", "snapshotter.fuse.holder", path])
+    try:
+        assert select.select([ended], [], [], 20)[0], "the first holder is ended"
+        wait_until(lambda: accepts(path), timeout=20, what="the second holder listens")
+        client.connect()
+        assert client.pid == second.pid
+        assert kept(client) == {"4.45-1-2": b"kept"}
+        client.close()
+    finally:
+        second.kill()
+        second.wait()
+        os.close(ended)
+
+
+def accepts(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def test_under_a_service_manager_the_holder_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setattr("snapshotter.fuse.holding._UNIT_PATIENCE_S", 30.0)
+    path = str(tmp_path / "held.sock")
+    client = HolderClient(path)
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(client.connect)
+        unit = subprocess.Popen(
+            [sys.executable, "-m", "snapshotter.fuse.holder", path],
+            env={name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"},
+        )
+        try:
+            connecting.result(20)
+            assert client.pid == unit.pid
+            client.close()
+        finally:
+            unit.kill()
+            unit.wait()

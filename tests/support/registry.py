@@ -83,7 +83,10 @@ class Image:
 
 
 class Registry:
-    """A registry on 127.0.0.1, running from construction to `close()`. The module's docstring is its manual."""
+    """A registry on `address`, running from construction to `close()`. The module's docstring is its manual.
+
+    Its sockets are made by the thread that makes it, in that thread's network namespace.
+    """
 
     def __init__(
         self,
@@ -93,12 +96,13 @@ class Registry:
         certificate: Certificate | None = None,
         referrers: ReferrersOptions | None = None,
         relative_locations: bool = True,
+        address: str = "127.0.0.1",
     ) -> None:
         self.auth = NoAuth() if auth is None else auth
         self.certificate = certificate
         self.referrers = ReferrersOptions() if referrers is None else referrers
         self._api = Api(self.auth, self.referrers, relative_locations=relative_locations)
-        self._server = HttpServer("registry", self._api.answer, certificate)
+        self._server = HttpServer("registry", self._api.answer, certificate, address)
         self._api.url = self._server.url
         token_server = self.auth.start(self._server, certificate)
         self._servers = [self._server] if token_server is None else [self._server, token_server]
@@ -125,7 +129,7 @@ class Registry:
 
     @property
     def host(self) -> str:
-        """`127.0.0.1:<port>`: the registry's name in references."""
+        """`<address>:<port>`: the registry's name in references."""
         return self._server.host
 
     @property

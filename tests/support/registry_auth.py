@@ -116,7 +116,7 @@ class Bearer(NoAuth):
         self._realm = ""
 
     def start(self, registry: HttpServer, certificate: Certificate | None) -> HttpServer | None:
-        server = HttpServer("token", self._token, certificate)
+        server = HttpServer("token", self._token, certificate, registry.address)
         server.share(registry)
         self._realm = f"{server.url}/token"
         return server

@@ -81,14 +81,21 @@ Application = Callable[[Request, Fault | None], Reply]
 
 
 class HttpServer(ThreadingHTTPServer):
-    """A server on 127.0.0.1 and a port of its own. `close()` ends every connection and every thread."""
+    """A server on `address` and a port of its own. `close()` ends every connection and every thread."""
 
     daemon_threads = False
     block_on_close = True
     request_queue_size = 128
 
-    def __init__(self, name: str, application: Application, certificate: Certificate | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(
+        self,
+        name: str,
+        application: Application,
+        certificate: Certificate | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
+        super().__init__((address, 0), _Handler)
+        self.address = address
         self.name = name
         self.application = application
         self.lock = threading.RLock()
@@ -110,8 +117,8 @@ class HttpServer(ThreadingHTTPServer):
 
     @property
     def host(self) -> str:
-        """`127.0.0.1:<port>`."""
-        return f"127.0.0.1:{self.server_port}"
+        """Address and port."""
+        return f"{self.address}:{self.server_port}"
 
     @property
     def url(self) -> str:

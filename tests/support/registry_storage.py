@@ -27,7 +27,7 @@ class Storage:
         self.secrets: list[str] = []
         self._blobs = blobs
         self._key = secrets.token_bytes(16)
-        self.server = HttpServer("storage", self._answer, certificate)
+        self.server = HttpServer("storage", self._answer, certificate, registry.address)
         self.server.share(registry)
 
     def presign(self, digest: str) -> str:
