@@ -35,6 +35,7 @@ HOMES: dict[str, set[str]] = {
     "httpcore": {"registry"},
     "urllib3": {"registry"},
     "grpc": {"daemon", "containerd", "api"},
+    "grpc_health": {"daemon"},
     "google": {"daemon", "containerd", "api"},
     "prometheus_client": {"daemon.metrics", "daemon.reference_metrics", "daemon.web"},
     "zstandard": {"ztoc"},

@@ -22,9 +22,11 @@ from pathlib import Path
 
 import grpc
 import trio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
 
 from snapshotter import __version__
-from snapshotter.api import snapshots_pb2_grpc
+from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.daemon import generation, selftest, web
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
@@ -237,6 +239,10 @@ class App:
     def _serve_grpc(self, snapshotter: Snapshotter, cleanup: ExitStack) -> None:
         server = grpc.server(ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="grpc"))
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
+        health = HealthServicer()
+        for name in ("", snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"].full_name):
+            health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
         self._address.parent.mkdir(parents=True, exist_ok=True)
         old = os.umask(0o117)
         try:
