@@ -25,6 +25,7 @@ from snapshotter.daemon.artifacts import LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Found
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.locks import Locks
 from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.unpacking import Unpacker
@@ -134,7 +135,7 @@ class Provider:
         """Why nothing can be lazy on this host; empty when it can."""
         self._token = trio.lowlevel.current_trio_token()
         self._uses: dict[Digest, int] = {}
-        self._locks: dict[Digest, trio.Lock] = {}
+        self._locks = Locks()
         self._prepared: set[Digest] = set()
         self._ahead = trio.CapacityLimiter(_PREPARED_AT_ONCE)
         self._recorded: dict[int, Digest] = {}
@@ -165,7 +166,7 @@ class Provider:
         mountpoint = self._keeper.mounts.get(snapshot_id)
         if mountpoint is None:
             return None
-        return self._usage(mountpoint.spec.layer, mountpoint.facts.files)
+        return self._usage(mountpoint.spec.layer)
 
     def release(self, snapshot_id: int, directory: Path) -> bool:
         """Unmount a lazy layer."""
@@ -251,7 +252,7 @@ class Provider:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
         with self._phases.timed(Phase.PROVIDE), trio.fail_after(self._settings.mount_timeout_s):
-            async with self._lock(layer):
+            async with self._locks.hold(layer):
                 await self._artifacts.ensure(asked.image, layer, ztoc)
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
                 self._uses[layer] = self._uses.get(layer, 0) + 1
@@ -263,8 +264,7 @@ class Provider:
                     self._nursery.start_soon(self._drop_use, layer)
                     raise
         self._keeper.wake([request.snapshot_id])
-        files = self._keeper.mounts[request.snapshot_id].facts.files
-        return Lazy(layer, await trio.to_thread.run_sync(self._usage, layer, files))
+        return Lazy(layer, await trio.to_thread.run_sync(self._usage, layer))
 
     async def _mount(self, request: LayerRequest, asked: Asked, variant: str) -> None:
         """Record the mount, then make it: a crash in between is one that `restore` makes up for."""
@@ -306,7 +306,7 @@ class Provider:
 
     async def _prepare_layer(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
         try:
-            async with self._ahead, self._lock(layer):
+            async with self._ahead, self._locks.hold(layer):
                 await self._artifacts.ensure(image, layer, ztoc)
             self._sources.learn(layer, image)
             self._fetcher.offer(layer, await self._sources.find(layer, renew=False))
@@ -325,7 +325,7 @@ class Provider:
         return detached or layer is not None
 
     async def _drop_use(self, layer: Digest) -> None:
-        async with self._lock(layer):
+        async with self._locks.hold(layer):
             self._uses[layer] -= 1
             if self._uses[layer]:
                 return
@@ -342,9 +342,6 @@ class Provider:
             _log.error("files of a layer stay", extra={"layer": layer, "error": str(error)})
         else:
             _log.info("layer removed: nothing uses it", extra={"layer": layer})
-
-    def _lock(self, layer: Digest) -> trio.Lock:
-        return self._locks.setdefault(layer, trio.Lock())
 
     def _spec(self, snapshot_id: int, layer: Digest, variant: str) -> MountSpec:
         paths = self._layers.paths(layer, variant)
@@ -364,14 +361,16 @@ class Provider:
                 parents.append(Parent(directory=self._snapshots / str(snapshot_id) / "fs"))
         return parents
 
-    def _usage(self, layer: Digest, files: int) -> Usage:
-        """Return the disk space of a layer's cache files; the inodes are those that it shows."""
-        blocks = 0
+    def _usage(self, layer: Digest) -> Usage:
+        """Return the disk space and the inodes that a layer's files occupy, the directory included."""
+        directory = self._layers.paths(layer).directory
+        found: dict[int, int] = {}
         with suppress(FileNotFoundError):  # the last use has ended meanwhile
-            for path in self._layers.paths(layer).directory.iterdir():
+            for path in (directory, *directory.iterdir()):
                 with suppress(FileNotFoundError):  # a temporary, which has its name by now
-                    blocks += path.stat().st_blocks
-        return Usage(blocks * 512, files)
+                    status = path.stat()
+                    found[status.st_ino] = status.st_blocks * 512
+        return Usage(sum(found.values()), len(found))
 
     def _count(self, reason: str) -> None:
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1

@@ -29,8 +29,12 @@ COUNTERS = (
     "spans_from_cache",  # of these, how many were usable at once
     "spans_fetched",
     "spans_inflated",
-    "spans_checked",  # suspect ones that were hashed again
+    "spans_doubted",  # inflated, and still a server could not read them
+    "spans_checked",  # suspect or doubted ones that were hashed again
     "spans_damaged",  # of these, how many were no longer right
+    "spans_lent",  # served from memory, because the disk had no room
+    "evicted_data_spans",  # inflated bytes given up to make room
+    "evicted_blob_spans",  # compressed bytes given up to make room
     "layers_verified",
     "layers_mismatched",  # complete, every span right, and still not the layer's digest
     # What went wrong.
@@ -53,6 +57,7 @@ COUNTERS = (
 
 GAUGES = (
     "layers_open",
+    "cache_bytes",  # on disk, at the last look
     "readers",
     "spans_under_way",
     "queued_ondemand",

@@ -60,6 +60,17 @@ class Demand:
         self._ask_ahead(layer, plan)
         self._downloads.pump()
 
+    def doubt(self, layer: ActiveLayer, reader: Reader, span: int) -> None:
+        """A reader found `span` short or wrong though it is said to be inflated: it is hashed before another look.
+
+        Raises ValueError when the layer has no such span.
+        """
+        if span >= layer.files.span_count:
+            raise ValueError(f"doubt of span {span} of {layer.files.span_count}")
+        self._context.counters.add("spans_doubted")
+        self._join(layer, reader, span)
+        self._downloads.pump()
+
     def touch(self, layer: ActiveLayer, span: int) -> None:
         """A reader used `span` without waiting. Raises ValueError when the layer has no such span."""
         if span >= layer.files.span_count:

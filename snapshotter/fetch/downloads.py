@@ -31,6 +31,7 @@ from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.recovery import Recovery
 from snapshotter.fetch.schedule import Batch, Priority
 from snapshotter.fetch.sources import Sources
+from snapshotter.fetch.space import ROUNDING, Space
 from snapshotter.fetch.transfer import Transfer
 from snapshotter.fetch.workers import WorkerPool
 from snapshotter.heap import trim_heap
@@ -51,10 +52,11 @@ IDLE_SECONDS = 5.0
 class Downloads:
     """The transfers of one fetcher."""
 
-    def __init__(self, context: Context, sources: Sources, landing: Landing) -> None:
+    def __init__(self, context: Context, sources: Sources, landing: Landing, space: Space) -> None:
         self._context = context
         self._sources = sources
         self._landing = landing
+        self._space = space
         self.recovery = Recovery(context, sources, landing, self.pump)
         options = context.options
         token = trio.lowlevel.current_trio_token()
@@ -62,7 +64,9 @@ class Downloads:
             False: WorkerPool("get", options.on_demand_connections, token),
             True: WorkerPool("background-get", options.background_connections, token),
         }
-        timeouts = Timeouts(connect=options.connect_timeout_s, read=options.read_timeout_s)
+        timeouts = Timeouts(
+            connect=options.connect_timeout_s, read=options.read_timeout_s, total=options.range_timeout_s
+        )
         ca_file = Path(options.ca_file) if options.ca_file else None
         self._client = RangeClient(
             connections=options.on_demand_connections + options.background_connections,
@@ -75,6 +79,8 @@ class Downloads:
         self._reserved = 0
         self._idle_since = 0.0
         self._quiet_timer = 0.0
+        self._background_at = 0.0
+        """When the next background range may start, by the cap on their rate."""
 
     def pump(self) -> None:
         """Start every transfer that there is room for. Cheap when there is nothing to do."""
@@ -109,6 +115,10 @@ class Downloads:
             else:
                 self._landing.queue(transfer.layer, other)
 
+    def reachable(self, layer: ActiveLayer) -> bool:
+        """Say whether what is given up of `layer` could be fetched again now."""
+        return layer.source.source is not None
+
     def stop(self, layer: ActiveLayer) -> None:
         """The layer is closed: its transfers end with the span that is arriving."""
         for transfer in self._transfers:
@@ -137,15 +147,26 @@ class Downloads:
         limit = self._room(self._context.options.memory_bytes // 2)
         allowance = self._context.link.background(now, reader_bytes=self._reader_bytes())
         busy = sum(one.background and not one.ended for one in self._transfers)
+        if now < self._background_at:
+            return False
         if limit is None or busy >= allowance.ranges:
             self._pump_when_quiet(now)
             return False
         size = min(allowance.size, limit)
+        if not self._context.schedule.queued(Priority.BACKGROUND) or not self._space.has_room(size):
+            return False
         batch = self._context.schedule.take(Priority.BACKGROUND, size, self._may_background)
         if batch is None:
             return False
-        self._start(batch)
+        self._spread(now, self._start(batch))
         return True
+
+    def _spread(self, now: float, size: int) -> None:
+        """After a background range of `size` bytes, wait as long as the cap on their rate asks for."""
+        rate = self._context.options.background_bytes_per_s
+        if rate:
+            self._background_at = max(self._background_at, now) + size / rate
+            self._context.timers.at(self._background_at, self.pump)
 
     def _room(self, budget: int) -> int | None:
         """Return how large the next range may be, None when `budget` is used up."""
@@ -172,7 +193,8 @@ class Downloads:
             self._quiet_timer = quiet_at
             self._context.timers.at(quiet_at, self.pump)
 
-    def _start(self, batch: Batch) -> None:
+    def _start(self, batch: Batch) -> int:
+        """Start the transfer of `batch`; return its size."""
         layer = self._context.layers[Digest(batch.layer)]
         source = layer.source.source
         assert source is not None, "a batch is only taken when its layer has a source"
@@ -183,6 +205,7 @@ class Downloads:
             flight.stage = Stage.TRANSFER
             flights.append(flight)
         transfer = Transfer(layer, flights, batch.priority, self._buffers)
+        transfer.admitted = self._admit(transfer)
         self._under_way.update(dict.fromkeys(flights, transfer))
         self._transfers[transfer] = None
         self._reserved += transfer.size
@@ -194,6 +217,18 @@ class Downloads:
             partial(self._run, transfer, source, self._deadline(flights)),
             partial(self._ended, transfer),
         )
+        return transfer.size
+
+    def _admit(self, transfer: Transfer) -> int:
+        """Return how many bytes on disk are set aside for what comes, 0 when there is no room."""
+        files, size = transfer.layer.files, transfer.size + ROUNDING * len(transfer.flights)
+        if transfer.background:
+            self._space.take(size)
+            return size
+        if not files.shared:
+            where = [files.span(one.span) for one in transfer.flights if one.goal is SpanState.INFLATED]
+            size += sum(span.uncompressed_end - span.uncompressed_start + ROUNDING for span in where)
+        return size if self._space.admit(size) else 0
 
     def _deadline(self, flights: list[Flight[Reader]]) -> float:
         """Return when a request for `flights` has to be over, on the clock of `time.monotonic`."""
@@ -209,7 +244,15 @@ class Downloads:
         def deliver(flight: Flight[Reader], compressed: memoryview, header: memoryview) -> None:
             self._context.workers.submit(
                 Priority.ON_DEMAND if flight.waiters else transfer.priority,
-                partial(pipeline.store, files, flight.span, compressed, header, lambda: flight.goal),
+                partial(
+                    pipeline.store,
+                    files,
+                    flight.span,
+                    compressed,
+                    header,
+                    lambda: flight.goal,
+                    keep=transfer.admitted > 0,
+                ),
                 partial(self._written, transfer, flight),
             )
 
@@ -224,10 +267,12 @@ class Downloads:
         del self._under_way[flight]
         self._release(transfer)
         if layer.closed:
+            if isinstance(outcome, Outcome):
+                outcome.close()
             return
         if isinstance(outcome, Outcome):
             layer.source.expired = -1
-            if flight.span == 0:
+            if flight.span == 0 and outcome.state is not SpanState.MISSING:
                 layer.header_has_come()
             self._landing.stored(layer, flight, outcome)
         elif isinstance(outcome, SpanDigestMismatch):
@@ -256,6 +301,7 @@ class Downloads:
         if transfer.ended and transfer.written == transfer.delivered():
             del self._transfers[transfer]
             self._reserved -= transfer.size
+            self._space.settle(transfer.admitted)
             self._buffers.give(transfer.buffer)
             transfer.layer.unpin()
             if not self._transfers:

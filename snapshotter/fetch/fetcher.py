@@ -18,13 +18,15 @@ from snapshotter.fetch.background import Background
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.demand import Demand
 from snapshotter.fetch.downloads import Downloads
+from snapshotter.fetch.eviction import Eviction
 from snapshotter.fetch.flight import Stage
 from snapshotter.fetch.landing import Landing
 from snapshotter.fetch.layerstate import ActiveLayer, LayerFiles, boot_id
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.sources import Sources
+from snapshotter.fetch.space import Space
 from snapshotter.layer.store import LayerStore
-from snapshotter.layer.wire import Message, Touch, Want
+from snapshotter.layer.wire import Doubt, Message, Touch, Want
 from snapshotter.units import Digest
 
 log = logging.getLogger(__name__)
@@ -41,12 +43,14 @@ class Fetcher:
         self._store = store
         self._boot_id = context.options.boot_id or boot_id()
         self._sources = Sources(context, self._pump, self._source_failed)
-        self._landing = Landing(context, self._changed, self._span_failed)
-        self._downloads = Downloads(context, self._sources, self._landing)
+        self._space = Space(context, self._make_room, self._pump)
+        self._landing = Landing(context, self._space, self._changed, self._span_failed)
+        self._downloads = Downloads(context, self._sources, self._landing, self._space)
+        self._eviction = Eviction(context, self._landing, self._space, self._downloads.reachable)
         self._demand = Demand(context, self._downloads, self._landing)
         self._background = Background(context, self._landing, self._pump)
         self._turn: dict[Digest, trio.Lock] = {}
-        """Held while a layer is being opened."""
+        """Of layers that are being opened."""
 
     async def open(self, digest: Digest, *, background: bool) -> None:
         """Open a layer, or say that an open one is to become complete.
@@ -93,6 +97,7 @@ class Fetcher:
         for reader in layer.readers:
             reader.close()
         layer.close()
+        self._space.changed()
         self._set_gauges()
 
     def answer(self, message: control.Source | control.NoSource) -> None:
@@ -119,25 +124,30 @@ class Fetcher:
 
     async def _layer(self, digest: Digest) -> ActiveLayer:
         """Return the open layer, opening it first if need be."""
-        async with self._turn.setdefault(digest, trio.Lock()):
-            layer = self._context.layers.get(digest)
-            if layer is None:
-                files = await trio.to_thread.run_sync(
-                    partial(
-                        LayerFiles.open,
-                        self._store,
-                        digest,
-                        boot_id=self._boot_id,
-                        span_max=self._context.options.span_max_bytes,
-                    )
-                )
-                layer = ActiveLayer(files)
-                self._context.layers[digest] = layer
-                self._context.schedule.add_layer(digest, files.sizes)
-                self._set_gauges()
-                if files.states.verified:
-                    self._context.tell_daemon(control.Complete(digest, verified=True))
-            return layer
+        turn = self._turn.setdefault(digest, trio.Lock())
+        try:
+            async with turn:
+                return self._context.layers.get(digest) or await self._open(digest)
+        finally:
+            if not turn.locked():  # a lock that somebody awaits is handed over, and never free
+                self._turn.pop(digest, None)
+
+    async def _open(self, digest: Digest) -> ActiveLayer:
+        files = await trio.to_thread.run_sync(
+            partial(
+                LayerFiles.open,
+                self._store,
+                digest,
+                boot_id=self._boot_id,
+                span_max=self._context.options.span_max_bytes,
+            )
+        )
+        layer = self._context.layers[digest] = ActiveLayer(files)
+        self._context.schedule.add_layer(digest, files.sizes)
+        self._set_gauges()
+        if files.states.verified:
+            self._context.tell_daemon(control.Complete(digest, verified=True))
+        return layer
 
     # ---- servers ----
 
@@ -147,6 +157,8 @@ class Fetcher:
             case Want(first, end, _):
                 self._demand.want(layer, reader, message)
                 self._used(layer, range(first, end))
+            case Doubt(span):
+                self._demand.doubt(layer, reader, span)
             case Touch(span):
                 self._demand.touch(layer, span)
                 self._used(layer, range(span, span + 1))
@@ -154,6 +166,9 @@ class Fetcher:
                 raise ValueError(f"a server sent {message}")
 
     def _used(self, layer: ActiveLayer, spans: range) -> None:
+        now = trio.current_time()
+        for span in spans:
+            layer.used[span] = now
         fresh = [span for span in spans if layer.trace.add(span)]
         if fresh and not layer.trace_pending:
             layer.trace_pending = True
@@ -175,6 +190,9 @@ class Fetcher:
 
     def _pump(self) -> None:
         self._downloads.pump()
+
+    def _make_room(self, size: int) -> None:
+        self._eviction.make_room(size)
 
     def _changed(self, layer: ActiveLayer) -> None:
         self._background.changed(layer)

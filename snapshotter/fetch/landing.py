@@ -3,13 +3,11 @@
     an outcome that reaches the goal       state, then Ready to every waiter
     compressed, and somebody now wants it  state, then inflate from `blob`
     found damaged on disk                  state back to MISSING, then fetch
+    lent, because the disk took nothing    Lent to every waiter, with the bytes
     an error                               what is good of it into the state, then Failed to every waiter
 
 The state is always written before a waiter is told, because the waiter looks there. A flight is out of its
 table before a waiter is told, because the waiter may ask again at once.
-
-A full disk is an error like others for now. Serving from memory would begin in `_worked` and `Downloads`,
-where the outcome of a write that failed is known: the inflated bytes would have to travel to the waiters.
 
 Concurrency: the main loop only.
 """
@@ -18,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -32,8 +31,9 @@ from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.pipeline import Outcome
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.schedule import Priority
+from snapshotter.fetch.space import ROUNDING, Space
 from snapshotter.layer.spans import SpanState
-from snapshotter.layer.wire import Failed, Ready
+from snapshotter.layer.wire import Failed, Lent, Ready
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,12 @@ class Landing:
     def __init__(
         self,
         context: Context,
+        space: Space,
         on_change: Callable[[ActiveLayer], None],
         on_failure: Callable[[ActiveLayer, Exception], None],
     ) -> None:
         self._context = context
+        self._space = space
         self._on_change = on_change
         self._on_failure = on_failure
         self._disk_full = False
@@ -64,19 +66,30 @@ class Landing:
     def stored(self, layer: ActiveLayer, flight: Flight[Reader], outcome: Outcome) -> None:
         """A worker has done what it could with the flight's span."""
         self._write_state(layer, flight.span, outcome)
+        if outcome.refused is not None:
+            self._refused(layer, flight.span, outcome.refused)
+        elif outcome.state >= flight.goal:
+            self._disk_full = False
         if outcome.error is not None:
             self.failed(layer, flight, outcome.error)
             return
-        self._disk_full = False
-        if outcome.state >= flight.goal:
+        if outcome.lent >= 0:
+            self._lent(layer, flight, outcome.lent)
+        else:
+            self.resume(layer, flight)
+        self._on_change(layer)
+
+    def resume(self, layer: ActiveLayer, flight: Flight[Reader]) -> None:
+        """A worker is done with the flight's span, whose state says how far it is: land, or go on."""
+        state = layer.state(flight.span)
+        if state >= flight.goal and state is not SpanState.SUSPECT:
             self._landed(layer, flight)
-        elif outcome.state is SpanState.FETCHED:
+        elif state is SpanState.FETCHED:
             self.work_on(layer, flight)
         elif flight.waiters:
             self.queue(layer, flight)
         else:
             self.abandon(layer, flight)
-        self._on_change(layer)
 
     def failed(self, layer: ActiveLayer, flight: Flight[Reader], error: Exception) -> None:
         """The span cannot be had for now: its waiters are told, and the background may try it later."""
@@ -112,8 +125,13 @@ class Landing:
     def work_on(self, layer: ActiveLayer, flight: Flight[Reader]) -> None:
         """Let a worker inflate a span that is fetched, or hash one that is stored but in doubt."""
         files, span = layer.files, flight.span
+        admitted = 0
         if layer.state(span) is SpanState.FETCHED:
-            task = partial(pipeline.inflate, files, span)
+            where = files.span(span)
+            admitted = 0 if files.shared else where.uncompressed_end - where.uncompressed_start + ROUNDING
+            keep = self._space.admit(admitted)
+            admitted *= keep
+            task = partial(pipeline.inflate, files, span, keep=keep)
         else:
             task = partial(pipeline.check, files, span, files.states.checksum(span))
             self._context.counters.add("spans_checked")
@@ -122,8 +140,16 @@ class Landing:
         self._context.workers.submit(
             Priority.ON_DEMAND if flight.waiters else Priority.BACKGROUND,
             task,
-            partial(self._worked, layer, flight),
+            partial(self._worked, layer, flight, admitted),
         )
+
+    def evict(self, layer: ActiveLayer, span: int, *, blob: bool) -> None:
+        """Say that `span` is not in `data` any more, or not even in `blob`, before its bytes go."""
+        if blob:
+            self.drop(layer, span)
+        else:
+            self._count_bytes(layer, span, inflated=-1)
+            layer.files.states.evict_data(span)
 
     def drop(self, layer: ActiveLayer, span: int) -> None:
         """Trust nothing that is stored of `span`."""
@@ -135,13 +161,29 @@ class Landing:
         layer.absent += before in _STORED
         states.set_missing(span)
 
-    def _worked(self, layer: ActiveLayer, flight: Flight[Reader], outcome: Outcome | Exception) -> None:
+    def _worked(
+        self, layer: ActiveLayer, flight: Flight[Reader], admitted: int, outcome: Outcome | Exception
+    ) -> None:
+        self._space.settle(admitted)
         if not layer.closed:
             if isinstance(outcome, Outcome):
                 self.stored(layer, flight, outcome)
             else:
                 self.failed(layer, flight, outcome)
+        elif isinstance(outcome, Outcome):
+            outcome.close()
         layer.unpin()
+
+    def _lent(self, layer: ActiveLayer, flight: Flight[Reader], fd: int) -> None:
+        """The disk has not taken the span: its waiters get the bytes themselves."""
+        now = trio.current_time()
+        waiters = self._end(layer, flight)
+        if waiters:
+            self._context.counters.add("spans_lent")
+        for reader, since in waiters.items():
+            count_wait(self._context.counters, now - since)
+            reader.send(Lent(flight.span), fd)
+        os.close(fd)
 
     def _landed(self, layer: ActiveLayer, flight: Flight[Reader]) -> None:
         now = trio.current_time()
@@ -197,17 +239,25 @@ class Landing:
             size = where.uncompressed_end - where.uncompressed_start
             states.set_inflated_bytes(max(states.inflated_bytes + inflated * size, 0))
 
+    def _refused(self, layer: ActiveLayer, span: int, error: OSError) -> None:
+        """The disk has not taken bytes; said once, until something could be written again."""
+        if error.errno in _FULL:
+            self._context.counters.add("disk_full")
+        if not self._disk_full:
+            self._disk_full = True
+            log.warning(
+                "the disk takes nothing: reads are served from memory",
+                extra={"layer": layer.digest, "span": span, "reason": str(error)},
+            )
+        self._space.refused()
+        self._on_failure(layer, error)
+
     def _report(self, layer: ActiveLayer, span: int, error: Exception, waiters: int) -> None:
         counters = self._context.counters
         if waiters:
             counters.add("failures")
         if isinstance(error, SpanInflateError):
             counters.add("inflate_errors")
-        if isinstance(error, OSError) and error.errno in _FULL:
-            counters.add("disk_full")
-            if self._disk_full:
-                return  # said once, until something could be written again
-            self._disk_full = True
         expected = isinstance(error, SnapshotterError | OSError)
         explained = expected or error is self._explained
         self._explained = error

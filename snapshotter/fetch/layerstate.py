@@ -24,7 +24,7 @@ from snapshotter.errors import InvalidLayerFile
 from snapshotter.fetch import trace
 from snapshotter.fetch.ahead import ReadAhead
 from snapshotter.fetch.flight import FlightTable
-from snapshotter.layer.spans import HEADER_SIZE, RECORD, SpanFile, SpanState
+from snapshotter.layer.spans import SpanFile, SpanState
 from snapshotter.layer.store import LayerPaths, LayerStore
 from snapshotter.layer.tree import Tree
 from snapshotter.registry.source import BlobSource
@@ -55,9 +55,13 @@ class LayerFiles:
         self.sizes = array.array("Q")
         """Compressed bytes of each span."""
         self.blob_fd = self.data_fd = self.ztoc_fd = -1
+        self.shared = False
+        """Whether `data` is `blob` under another name."""
         self.states: SpanFile
         self.recorded: list[int] = []
         """The trace of former runs."""
+        self._fixed_usage = 0
+        """Bytes of the files that do not grow."""
         self._undo = ExitStack()
 
     @classmethod
@@ -85,17 +89,26 @@ class LayerFiles:
             _refuse_damaged(files.ztoc_fd, paths.ztoc, tree.ztoc_digest)
             files.blob_fd = store.open_cache(paths.blob, files.compressed_size)
             undo.callback(os.close, files.blob_fd)
-            files.data_fd = store.open_cache(paths.data, files.uncompressed_size)
+            if _is_its_own_tar(tree, spans):
+                files.shared = store.share_cache(paths.blob, paths.data)
+            size = files.compressed_size if files.shared else files.uncompressed_size
+            files.data_fd = store.open_cache(paths.data, size)
             undo.callback(os.close, files.data_fd)
-            _reserve(paths.spans, HEADER_SIZE + files.span_count * RECORD.size)
             files.recorded = trace.load(paths.trace, files.span_count)
             files.states = _open_states(paths.spans, files.span_count, boot_id, digest)
+            fixed = (path for path in paths.directory.iterdir() if path not in {paths.blob, paths.data})
+            files._fixed_usage = sum(path.stat().st_blocks for path in fixed) * 512
             files._undo = undo.pop_all()
         return files
 
     def span(self, span: int) -> Span:
         """Return where `span` is."""
         return self.tree.span(span)
+
+    def disk_usage(self) -> int:
+        """Return the bytes that the layer's files occupy on disk. Not so slow: it looks at open inodes."""
+        files = {self.blob_fd, self.data_fd} if not self.shared else {self.blob_fd}
+        return self._fixed_usage + sum(os.fstat(fd).st_blocks for fd in files) * 512
 
     def close(self) -> None:
         """Close everything but the span states."""
@@ -131,6 +144,10 @@ class ActiveLayer:
     trace: trace.Trace = field(init=False)
     trace_pending: bool = False
     """Whether the trace is going to be written soon."""
+    used: array.array[float] = field(init=False)
+    """When each span was last asked for or first used by a server; 0: not since it was opened."""
+    evictions: int = 0
+    """Spans whose compressed bytes were given up to make room."""
     absent: int = 0
     """Spans that are MISSING or SUSPECT."""
     rest_until: float = 0.0
@@ -151,6 +168,7 @@ class ActiveLayer:
     def __post_init__(self) -> None:
         self.ahead = ReadAhead(self.files.sizes)
         self.trace = trace.Trace(self.files.recorded)
+        self.used = array.array("d", bytes(8 * self.files.span_count))
         counts = self.files.states.counts()
         self.absent = counts[SpanState.MISSING] + counts[SpanState.SUSPECT]
         if self.files.header_end == 0:
@@ -212,6 +230,14 @@ def _any_tree(paths: LayerPaths) -> Path:
     raise InvalidLayerFile(f"layer directory {paths.directory}: no compiled tree")
 
 
+def _is_its_own_tar(tree: Tree, spans: list[Span]) -> bool:
+    """Say whether the blob is the tar stream, with nothing but padding behind it."""
+    return tree.algorithm is Algorithm.UNCOMPRESSED and all(
+        span.compressed_start == span.uncompressed_start and span.compressed_end >= span.uncompressed_end
+        for span in spans
+    )
+
+
 def _open_states(path: Path, span_count: int, boot_id: str, digest: Digest) -> SpanFile:
     """Open the span file, waiting a moment for a former fetcher to be gone. Raises InvalidLayerFile, OSError."""
     until = time.monotonic() + PREDECESSOR_SECONDS
@@ -242,12 +268,3 @@ def _refuse_huge(digest: Digest, spans: list[Span], span_max: int) -> None:
             raise InvalidLayerFile(
                 f"layer {digest}: span {span.id} has {size} bytes; more than {span_max} are not held in memory"
             )
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Give the file its blocks now. Raises OSError: later, a store into the mapped file would be a SIGBUS."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    finally:
-        os.close(fd)

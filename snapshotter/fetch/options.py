@@ -10,7 +10,9 @@ from snapshotter.errors import ConfigError
 
 MIB = 1 << 20
 
-_MAY_BE_ZERO = frozenset({"workers", "source_renewals"})
+_MAY_BE_ZERO = frozenset(
+    {"workers", "source_renewals", "background_bytes_per_s", "cache_max_bytes", "cache_min_free_bytes"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Options:
     """Requests for readers and read-ahead at once, over all layers."""
     background_connections: int = 4
     """The most background requests at once; how many there really are depends on what the link gives."""
+    background_bytes_per_s: int = 0
+    """Cap on what is fetched in the background; 0: what the link gives."""
     range_max_bytes: int = 8 * MIB
     """The most that one range request asks for, unless a single span is larger."""
     memory_bytes: int = 64 * MIB
@@ -37,8 +41,14 @@ class Options:
     """How often one flight asks for a new source when the old one is refused."""
     connect_timeout_s: float = 3.0
     read_timeout_s: float = 10.0
+    range_timeout_s: float = 300.0
+    """The longest that one request for a range may take."""
     background_pause_s: float = 30.0
     """How long a layer's background rests after a failure that a retry cannot help, or a full disk."""
+    cache_max_bytes: int = 0
+    """The most that the files of all layers may occupy on disk; 0: no cap."""
+    cache_min_free_bytes: int = 0
+    """Free space on the disk that is left to others; 0: none."""
     ca_file: str = ""
     """PEM file with certificates to trust instead of the system's; empty: the system's."""
     log_level: str = "INFO"

@@ -4,26 +4,34 @@ Nothing here touches a span's state: a worker returns an `Outcome`, and the main
 it. So bytes are always on their way to the disk before anybody is told that they are there, and a process
 that is killed in between leaves a span that counts as missing.
 
+A disk that takes no bytes does not stop a reader: what is inflated for one is *lent* then, in a sealed file in
+memory that goes to the servers that wait and is nowhere else.
+
 Hashing, inflating and pread/pwrite of a span release the interpreter lock.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from snapshotter.errors import CorruptData, SpanDigestMismatch
 from snapshotter.fetch.layerstate import LayerFiles
+from snapshotter.layer.holes import punch_hole
 from snapshotter.layer.spans import SpanState
 from snapshotter.units import sha256_digest
 from snapshotter.ztoc.inflate import inflate_span
 from snapshotter.ztoc.spans import Span
 
 WINDOW_SIZE = 32768
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 PIECE = 1 << 20
 """Bytes per read or write. A write of more than 2 MiB at once costs ten times as much on ext4 with large folios
@@ -32,11 +40,19 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How far a span has come; `error` says why not further."""
+    """How far a span has come; `error` says why not further, `refused` why the disk did not take it."""
 
     state: SpanState
     checksum: int = 0
     error: Exception | None = None
+    refused: OSError | None = None
+    lent: int = -1
+    """Descriptor of the inflated bytes where they are not in `data`; the receiver of the outcome closes it."""
+
+    def close(self) -> None:
+        """Close what comes with the outcome, for nobody wants it any more."""
+        if self.lent >= 0:
+            os.close(self.lent)
 
 
 def store(
@@ -45,30 +61,53 @@ def store(
     compressed: memoryview,
     header: memoryview,
     goal: Callable[[], SpanState],
+    *,
+    keep: bool = True,
 ) -> Outcome:
     """Take a span from the network: check it, keep it in `blob`, and inflate it if that is the goal by then.
 
-    `header` are the blob's bytes before span 0, if they came with it. Raises SpanDigestMismatch and OSError;
-    then nothing is stored.
+    `header` are the blob's bytes before span 0, if they came with it. Without `keep`, or when the disk refuses,
+    nothing is stored, and what is inflated is lent. Raises SpanDigestMismatch.
     """
     span = files.span(number)
     _check_digest(files, span, compressed)
-    if header:
-        _write(files.blob_fd, header, 0)
-    _write(files.blob_fd, compressed, span.compressed_start)
-    if goal() is not SpanState.INFLATED:
-        return Outcome(SpanState.FETCHED)
-    return _inflate(files, span, compressed)
+    refused = None
+    if keep:
+        try:
+            if header:
+                _write(files.blob_fd, header, 0)
+            _write(files.blob_fd, compressed, span.compressed_start)
+        except OSError as error:
+            keep, refused = False, error
+            _give_back(files.blob_fd, span.compressed_start, span.compressed_end)
+    stored = Outcome(SpanState.FETCHED if keep else SpanState.MISSING, refused=refused)
+    return _inflate(files, span, compressed, stored, keep=keep) if goal() is SpanState.INFLATED else stored
 
 
-def inflate(files: LayerFiles, number: int) -> Outcome:
+def inflate(files: LayerFiles, number: int, *, keep: bool = True) -> Outcome:
     """Inflate a fetched span from `blob` into `data`, after hashing it: the disk may have failed since it came.
 
-    Returns MISSING when the bytes in `blob` are wrong or cannot be read.
+    Returns MISSING when the bytes in `blob` are wrong or cannot be read. Without `keep` the bytes are lent.
     """
     span = files.span(number)
     compressed = _from_blob(files, span)
-    return Outcome(SpanState.MISSING) if compressed is None else _inflate(files, span, compressed)
+    if compressed is None:
+        return Outcome(SpanState.MISSING)
+    return _inflate(files, span, compressed, Outcome(SpanState.FETCHED), keep=keep)
+
+
+def give_back(files: LayerFiles, numbers: Sequence[int], *, blob: bool) -> None:
+    """Free the disk space of the spans `numbers` (ascending) in `data`, and in `blob` too if told so.
+
+    Raises OSError when the file system cannot make holes.
+    """
+    spans = [files.span(number) for number in numbers]
+    if blob:
+        for start, end in _runs([(span.compressed_start, span.compressed_end) for span in spans]):
+            punch_hole(files.blob_fd, start, end)
+    if not files.shared:
+        for start, end in _runs([(span.uncompressed_start, span.uncompressed_end) for span in spans]):
+            punch_hole(files.data_fd, start, end)
 
 
 def check(files: LayerFiles, number: int, checksum: int) -> Outcome:
@@ -79,6 +118,8 @@ def check(files: LayerFiles, number: int, checksum: int) -> Outcome:
     span = files.span(number)
     if _from_blob(files, span) is None:
         return Outcome(SpanState.MISSING)
+    if checksum and files.shared:
+        return Outcome(SpanState.INFLATED, checksum)
     if checksum:
         try:
             data = _read(files.data_fd, span.uncompressed_start, span.uncompressed_end)
@@ -105,23 +146,70 @@ def blob_has_digest(files: LayerFiles) -> bool:
     return f"sha256:{hasher.hexdigest()}" == files.digest
 
 
-def _inflate(files: LayerFiles, span: Span, compressed: bytes | memoryview) -> Outcome:
-    """Inflate `compressed`, which has the right digest, into `data`."""
+def inflated(files: LayerFiles, span: Span, compressed: bytes | memoryview) -> bytes | memoryview:
+    """Return what `compressed`, which has the right digest, inflates to. Raises SpanInflateError, OSError."""
+    window = None
+    if span.window_offset >= 0:
+        window = _read(files.ztoc_fd, span.window_offset, span.window_offset + WINDOW_SIZE)
+    return inflate_span(
+        compressed,
+        algorithm=files.algorithm,
+        bits=span.bits,
+        window=window,
+        length=span.uncompressed_end - span.uncompressed_start,
+    )
+
+
+def _inflate(
+    files: LayerFiles, span: Span, compressed: bytes | memoryview, stored: Outcome, *, keep: bool
+) -> Outcome:
+    """Inflate `compressed` into `data`, or lend it; `stored` is how far the span has come so far."""
     try:
-        window = None
-        if span.window_offset >= 0:
-            window = _read(files.ztoc_fd, span.window_offset, span.window_offset + WINDOW_SIZE)
-        data = inflate_span(
-            compressed,
-            algorithm=files.algorithm,
-            bits=span.bits,
-            window=window,
-            length=span.uncompressed_end - span.uncompressed_start,
-        )
-        _write(files.data_fd, memoryview(data), span.uncompressed_start)
-        return Outcome(SpanState.INFLATED, checksum_of(data))
+        data = inflated(files, span, compressed)
     except (CorruptData, OSError) as error:
-        return Outcome(SpanState.FETCHED, error=error)
+        return replace(stored, error=error)
+    refused = stored.refused
+    if keep:
+        try:
+            if not files.shared:
+                _write(files.data_fd, memoryview(data), span.uncompressed_start)
+            return Outcome(SpanState.INFLATED, checksum_of(data))
+        except OSError as error:
+            refused = error
+            _give_back(files.data_fd, span.uncompressed_start, span.uncompressed_end)
+    try:
+        return replace(stored, refused=refused, lent=_lend(data))
+    except OSError as error:
+        return replace(stored, error=error)
+
+
+def _lend(data: bytes | memoryview) -> int:
+    """Return a descriptor of a file in memory that holds `data` and that nobody can change. Raises OSError."""
+    fd = os.memfd_create("soci-span", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        _write(fd, memoryview(data), 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _give_back(fd: int, start: int, end: int) -> None:
+    """Free what a write that failed has left behind, if that is possible."""
+    with suppress(OSError):
+        punch_hole(fd, start, end)
+
+
+def _runs(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return `ranges` (ascending) with neighbours joined, so that the block between two is freed too."""
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _from_blob(files: LayerFiles, span: Span) -> bytes | None:

@@ -8,6 +8,8 @@ Concurrency: the main loop only; `run` is the one task of a reader.
 
 from __future__ import annotations
 
+import array
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -29,20 +31,24 @@ class Reader:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._backlog: deque[bytes] = deque()
+        self._backlog: deque[tuple[bytes, int]] = deque()
+        """Packets, each with a descriptor of its own that goes along (-1: none)."""
         self._writable = trio.Event()
         self._closed = False
         self.told: dict[int, int] = {}
         """How often this server was told at once that a span is usable."""
 
-    def send(self, message: wire.Ready | wire.Failed) -> None:
-        """Send `message`, now or as soon as the server reads; a server that has gone away is no error."""
+    def send(self, message: wire.Ready | wire.Lent | wire.Failed, fd: int = -1) -> None:
+        """Send `message`, now or as soon as the server reads; a server that has gone away is no error.
+
+        `fd` goes along if it is one; it stays the caller's.
+        """
         if self._closed:
             return
         packet = wire.encode(message)
-        if not self._backlog and self._try(packet):
+        if not self._backlog and self._try(packet, fd):
             return
-        self._backlog.append(packet)
+        self._backlog.append((packet, os.dup(fd) if fd >= 0 else -1))
         self._writable.set()
         if len(self._backlog) > MAX_BACKLOG:
             self.close()
@@ -67,6 +73,8 @@ class Reader:
         """Hang up."""
         if not self._closed:
             self._closed = True
+            while self._backlog:
+                _close(self._backlog.popleft()[1])
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
 
@@ -94,20 +102,29 @@ class Reader:
             await self._writable.wait()
             self._writable = trio.Event()
             while self._backlog:
-                if self._try(self._backlog[0]):
-                    self._backlog.popleft()
+                if self._try(*self._backlog[0]):
+                    _close(self._backlog.popleft()[1])
                 else:
                     with suppress(trio.ClosedResourceError):
                         await trio.lowlevel.wait_writable(self._sock)
                 if self._closed:
                     return
 
-    def _try(self, packet: bytes) -> bool:
+    def _try(self, packet: bytes, fd: int) -> bool:
         """Send `packet` unless the socket is full; return whether that is done with."""
         try:
-            self._sock.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._sock.sendmsg([packet], _rights(fd), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return False
         except OSError:
             return True  # it has gone away; its own task notices and tidies up
         return True
+
+
+def _rights(fd: int) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

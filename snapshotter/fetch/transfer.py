@@ -49,6 +49,8 @@ class Transfer:
         """The mirror that gave that source; empty for the registry itself."""
         self.counted = 0
         """Bytes that the link's estimate and the counters know of."""
+        self.admitted = 0
+        """Bytes set aside for it on disk; 0: nothing of it is stored."""
         self.written = 0
         """Spans that have come back from a worker."""
         self.ended = False

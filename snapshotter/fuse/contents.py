@@ -2,7 +2,8 @@
 
 Between the page cache above and the fetcher beside it: finds the spans of a read, waits for those that are
 not there, reads `data`, makes sure that nothing was evicted in between, and checks a file's tar header
-against the zTOC before its first byte goes out.
+against the zTOC before its first byte goes out. What turns out short or wrong is doubted: the fetcher hashes it, gets
+it again if need be, and it is read once more.
 
 It owns which files were checked and nothing else; both may be forgotten at any time.
 
@@ -13,6 +14,7 @@ only after the page cache said no (RWF_NOWAIT).
 from __future__ import annotations
 
 import errno
+import logging
 import os
 
 import trio
@@ -23,6 +25,8 @@ from snapshotter.fuse.spanlink import SpanLink
 from snapshotter.layer.header import check as check_header
 from snapshotter.layer.spans import SpanState, SpanView
 from snapshotter.layer.tree import Node, Tree
+
+_log = logging.getLogger(__name__)
 
 _MAX_TRIES = 8
 """Reads of one range that find it evicted in between, before giving up; each needs an eviction of its own."""
@@ -59,9 +63,13 @@ class Contents:
         return await self._range(start + offset, start + end, start + node.size)
 
     async def _check_header(self, ino: int, node: Node) -> None:
-        region = await self._range(node.header_start, node.data_offset, node.data_offset + node.size)
+        start, end, file_end = node.header_start, node.data_offset, node.data_offset + node.size
         try:
-            check_header(bytes(region), node.fingerprint)
+            try:
+                check_header(bytes(await self._range(start, end, file_end)), node.fingerprint)
+            except HeaderMismatch:  # of the zTOC, or of a disk that has lost bytes
+                await self._link.doubt(self._tree.spans_for(start, end))
+                check_header(bytes(await self._range(start, end, file_end)), node.fingerprint)
         except HeaderMismatch as error:
             self._counters.add("header_mismatches")
             path = self._tree.path(ino).decode(errors="backslashreplace")
@@ -77,6 +85,9 @@ class Contents:
             words = [view.word(span) for span in spans]
             if any(word & 0xFF != SpanState.INFLATED for word in words):
                 await self._link.want(spans, self._tree.spans_for(start, file_end).stop)
+                lent = self._lent(spans, start, end)
+                if lent is not None:
+                    return lent
                 continue
             self._counters.add_at(self._local, len(words))
             buffer = bytearray(end - start)
@@ -84,10 +95,35 @@ class Contents:
             if [view.word(span) for span in spans] == words:
                 if got == len(buffer):
                     return buffer
-                raise OSError(errno.EIO, f"data file is short: {got} of {len(buffer)} bytes at {start}")
+                short = self._tree.spans_for(start + got, end)
+                _log.warning("data file is short", extra={"spans": f"{short.start}-{short.stop}"})
+                await self._link.doubt(short)
         raise OSError(
-            errno.EIO, f"spans {spans.start}-{spans.stop} were evicted {_MAX_TRIES} times during one read"
+            errno.EIO,
+            f"spans {spans.start}-{spans.stop} were short or evicted {_MAX_TRIES} times during one read",
         )
+
+    def _lent(self, spans: range, start: int, end: int) -> bytearray | None:
+        """Return `[start, end)` when at least one of `spans`, all to be had, was lent by the fetcher.
+
+        In one step, for what is lent may be replaced at any await; None when something is not to be had any more.
+        """
+        words = [self._view.word(span) for span in spans]
+        buffer, filled, some = bytearray(end - start), 0, False
+        for span, word in zip(spans, words, strict=True):
+            where = self._tree.span(span)
+            first, last = max(where.uncompressed_start, start), min(where.uncompressed_end, end)
+            target = memoryview(buffer)[first - start : last - start]
+            if word & 0xFF == SpanState.INFLATED:
+                filled += os.preadv(self._fd, [target], first)
+                continue
+            fd = self._link.lent(span)
+            if fd is None:
+                return None
+            some = True
+            filled += os.preadv(fd, [target], first - where.uncompressed_start)
+        unchanged = [self._view.word(span) for span in spans] == words
+        return buffer if some and unchanged and filled == len(buffer) else None
 
     async def _pread(self, buffer: bytearray, start: int) -> int:
         """Fill `buffer` from `data`; from the page cache at once, else in a thread. Returns the bytes read."""

@@ -2,7 +2,8 @@
 
 It owns the waiters of this server, one per span in demand. The span file is the truth and the messages
 only wake: a waiter is registered before the state is looked at, so an answer between the two is not lost;
-and whoever is woken looks again. When the fetcher dies the socket ends; the keeper brings another one and
+and whoever is woken looks again. The exception is a span that the disk has no room for: it is lent, in a file in
+memory that comes with the message, and the last few of those are kept for the next reads. When the fetcher dies the socket ends; the keeper brings another one and
 everything that is still wanted is asked for again. A reader notices none of that but the time.
 
 Concurrency: trio, one task per reader plus `run`; between two awaits nothing else touches the table.
@@ -10,13 +11,16 @@ Concurrency: trio, one task per reader plus `run`; between two awaits nothing el
 
 from __future__ import annotations
 
+import array
 import errno
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import trio
 
@@ -33,6 +37,10 @@ loop until the next request; a signal ends such a read with EINTR, which libfuse
 "look again"."""
 
 
+MAX_LENT = 8
+"""Lent spans that are kept, each usually 4 MiB: a few readers at once, each reading on in its own."""
+
+
 class _Demand:
     """One span that readers wait for."""
 
@@ -43,6 +51,12 @@ class _Demand:
         self.readers = 0
         self.error = 0
 
+    async def answered(self, span: int) -> None:
+        """Wait for the answer. Raises OSError when it is that the span cannot be had."""
+        await self.event.wait()
+        if self.error:
+            raise OSError(self.error, f"span {span} cannot be had")
+
 
 class SpanLink:
     """Asks the fetcher for spans on behalf of this server's readers."""
@@ -52,6 +66,8 @@ class SpanLink:
         self._counters = counters
         self._budget = budget
         self._demands: dict[int, _Demand] = {}
+        self._lent: OrderedDict[int, int] = OrderedDict()
+        """Descriptors of lent spans, the latest last."""
         self._touched = bytearray(view.span_count)
         self._socket: trio.socket.SocketType | None = None
         self._sending = trio.Lock()
@@ -79,15 +95,35 @@ class SpanLink:
     async def _receive(self, sock: trio.socket.SocketType) -> None:
         for span in sorted(self._demands):
             await self._send(sock, wire.Want(span, span + 1, span + 1))
-        while data := await sock.recv(wire.PACKET_SIZE):
+        while True:
+            data, ancillary, _, _ = await sock.recvmsg(
+                wire.PACKET_SIZE, socket.CMSG_SPACE(array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+            )
+            if not data:
+                return
             match wire.decode(data):
                 case wire.Ready(first, end):
                     for span in range(first, end):
                         self._wake(span, 0)
+                case wire.Lent(span):
+                    self._keep(span, array.array("i", ancillary[0][2])[0])
+                    self._wake(span, 0)
                 case wire.Failed(span, number):
                     self._wake(span, number)
                 case other:
                     _log.error("fetcher sent a message that is not an answer", extra={"answer": str(other)})
+
+    def _keep(self, span: int, fd: int) -> None:
+        """Take a lent span, in place of one lent long ago."""
+        if span in self._lent:
+            os.close(self._lent.pop(span))
+        self._lent[span] = fd
+        if len(self._lent) > MAX_LENT:
+            os.close(self._lent.popitem(last=False)[1])
+
+    def lent(self, span: int) -> int | None:
+        """Return the descriptor of a file that holds the bytes of `span`, if it was lent; good until the next await."""
+        return self._lent.get(span)
 
     def _wake(self, span: int, number: int) -> None:
         demand = self._demands.pop(span, None)
@@ -105,10 +141,21 @@ class SpanLink:
                         os.write(self._socket.fileno(), wire.encode(wire.Touch(span)))
 
     async def want(self, spans: range, ahead_end: int) -> None:
-        """Return when every span of `spans` was seen inflated; the file goes on to span `ahead_end`.
+        """Return when every span of `spans` was seen inflated or lent; the file goes on to span `ahead_end`.
 
         Raises OSError: EIO (or what the fetcher says) when a span cannot be had within the budget.
         """
+        await self._wait(spans, partial(self._want, spans, ahead_end))
+
+    async def doubt(self, spans: range) -> None:
+        """Return when the fetcher has looked at every span of `spans`, whose bytes are short or wrong.
+
+        Raises OSError as `want` does.
+        """
+        await self._wait(spans, partial(self._doubt, spans))
+
+    async def _wait(self, spans: range, ask: Callable[[], Awaitable[None]]) -> None:
+        """Run `ask` within the budget of a read, and count the time."""
         self._counters.add("spans_awaited", len(spans))
         start = trio.current_time()
         self._counters.add("reads_waiting")
@@ -117,7 +164,7 @@ class SpanLink:
             signal.setitimer(signal.ITIMER_REAL, _UNBLOCK_S, _UNBLOCK_S)
         try:
             with trio.fail_after(self._budget):
-                await self._want(spans, ahead_end)
+                await ask()
         except trio.TooSlowError:
             _log.warning(
                 "read gave up waiting",
@@ -133,22 +180,29 @@ class SpanLink:
 
     async def _want(self, spans: range, ahead_end: int) -> None:
         for span in spans:
-            while self._view.state(span) is not SpanState.INFLATED:
+            while not self._has(span):
                 with self._demand(span) as demand:
-                    if self._view.state(span) is SpanState.INFLATED:
+                    if self._has(span):
                         break
                     await self._ask(wire.Want(span, spans.stop, max(spans.stop, ahead_end)))
-                    await demand.event.wait()
-                    if demand.error:
-                        raise OSError(demand.error, f"span {span} cannot be had")
+                    await demand.answered(span)
 
-    async def _ask(self, want: wire.Want) -> None:
+    async def _doubt(self, spans: range) -> None:
+        for span in spans:
+            with self._demand(span) as demand:
+                await self._ask(wire.Doubt(span))
+                await demand.answered(span)
+
+    def _has(self, span: int) -> bool:
+        return self._view.state(span) is SpanState.INFLATED or span in self._lent
+
+    async def _ask(self, want: wire.Want | wire.Doubt) -> None:
         """Send the demand. Without a fetcher nothing is lost: `run` asks again when there is one."""
         if self._socket is not None:
             with suppress(OSError, trio.ClosedResourceError):
                 await self._send(self._socket, want)
 
-    async def _send(self, sock: trio.socket.SocketType, want: wire.Want) -> None:
+    async def _send(self, sock: trio.socket.SocketType, want: wire.Want | wire.Doubt) -> None:
         """Send when there is room. One at a time: two tasks may not wait for room in one socket."""
         async with self._sending:
             await sock.send(wire.encode(want))

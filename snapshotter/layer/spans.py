@@ -210,16 +210,16 @@ class SpanFile(_Mapping):
         """Open the span file at `path`, making or mending it, and mark it in use.
 
         What an unclean end or another boot left as FETCHED or INFLATED is SUSPECT afterwards. A file of another
-        layer, span count or version starts afresh, in place. Raises BlockingIOError when another fetcher still
-        has it, OSError when the file system refuses.
+        layer, span count or version starts afresh, in place. Its blocks are reserved: on a full disk this fails,
+        instead of a store into the map (SIGBUS) later. Raises BlockingIOError when another fetcher still has it,
+        OSError when the file system refuses.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = os.fstat(fd).st_size
             identity = _read_identity(fd, size)
-            if size < _file_size(span_count):
-                os.ftruncate(fd, _file_size(span_count))
+            os.posix_fallocate(fd, 0, _file_size(span_count))
             file = cls(fd, span_count)
         except BaseException:
             os.close(fd)

@@ -4,7 +4,7 @@
         ztoc            the layer's zTOC, verbatim
         tree            compiled from it (`layer/compile.py`); `tree.<variant>` where parent layers matter
         blob            sparse copy of the compressed layer
-        data            sparse copy of the tar stream
+        data            sparse copy of the tar stream; of an uncompressed layer another name of `blob`
         spans           what of the two is there (`layer/spans.py`)
         trace           order of first use
 
@@ -123,6 +123,16 @@ class LayerStore:
             os.close(fd)
             raise
         return fd
+
+    def share_cache(self, blob: Path, data: Path) -> bool:
+        """Make `data` another name of the existing `blob`, for a layer that is its own tar stream.
+
+        Returns whether it is: a file that an older version has made stays, for servers may be reading it. Raises
+        OSError.
+        """
+        with suppress(FileExistsError):
+            os.link(blob, data)
+        return blob.samefile(data)
 
     def remove(self, digest: Digest) -> None:
         """Remove every file of the layer. Who has them open keeps them until they are closed.

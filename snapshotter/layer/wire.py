@@ -1,8 +1,8 @@
 """What a layer server and the fetcher say to each other: one message is one SOCK_SEQPACKET packet.
 
 A server says `Want` when a reader is blocked and `Touch` when a span is first used; the fetcher answers
-every `Want` with `Ready` for the spans that are inflated now and `Failed` for those that could not be had.
-A server that gets a new socket simply asks again: no message refers to an earlier one.
+every `Want` with `Ready` for the spans that are inflated now, `Lent` for those that the disk could not take, and
+`Failed` for those that could not be had. What a server says it cannot read (`Doubt`) is hashed first. A server that gets a new socket simply asks again: no message refers to an earlier one.
 
 Concurrency: pure functions; bytes in, values out. It deliberately knows no socket and no layer: a socket
 belongs to exactly one layer, so no message has to name it.
@@ -28,11 +28,23 @@ class Touch(NamedTuple):
     span: int
 
 
+class Doubt(NamedTuple):
+    """Server to fetcher: `span` is said to be inflated, and what was read is short or wrong; a reader is blocked."""
+
+    span: int
+
+
 class Ready(NamedTuple):
     """Fetcher to server: the spans `[first, end)` are inflated; read them."""
 
     first: int
     end: int
+
+
+class Lent(NamedTuple):
+    """Fetcher to server: the bytes of `span` are in the file that comes along, because the disk has no room."""
+
+    span: int
 
 
 class Failed(NamedTuple):
@@ -42,13 +54,12 @@ class Failed(NamedTuple):
     errno: int
 
 
-Message: TypeAlias = Want | Touch | Ready | Failed
+Message: TypeAlias = Want | Touch | Doubt | Ready | Lent | Failed
 
 _PACKET = struct.Struct("<4I")  # kind, then up to three numbers; the unused ones are 0
 PACKET_SIZE = _PACKET.size
 """Every message has this size, so that a receive buffer is never too small."""
 
-_WANT, _TOUCH, _READY, _FAILED = 1, 2, 3, 4
 _MAX_ERRNO = 4095  # the kernel's own limit: anything above would not be read as an error
 
 
@@ -78,6 +89,10 @@ def decode(data: bytes) -> Message:
             message = Ready(numbers[0], numbers[1])
         case 4:
             message = Failed(numbers[0], numbers[1])
+        case 5:
+            message = Lent(numbers[0])
+        case 6:
+            message = Doubt(numbers[0])
         case _:
             raise ValueError(f"unknown message kind {kind}")
     if any(numbers[len(message) :]):
@@ -86,7 +101,7 @@ def decode(data: bytes) -> Message:
     return message
 
 
-_KIND_OF: dict[type, int] = {Want: _WANT, Touch: _TOUCH, Ready: _READY, Failed: _FAILED}
+_KIND_OF: dict[type, int] = {Want: 1, Touch: 2, Ready: 3, Failed: 4, Lent: 5, Doubt: 6}
 
 
 def _validate(message: Message) -> None:

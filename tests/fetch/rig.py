@@ -57,6 +57,9 @@ from tests.support.registry import Registry
 PATIENCE = 20.0
 """Seconds after which a test that waits for the fetcher fails."""
 
+TRIES = 8
+"""Times that a server asks for a span that is evicted in between."""
+
 OPTIONS: Mapping[str, Any] = {"log_level": "debug", "read_budget_s": PATIENCE / 2, "read_timeout_s": 3.0}
 
 
@@ -362,6 +365,10 @@ class Rig:
         return counts
 
 
+class Evicted(AssertionError):
+    """A span that was said to be usable is not."""
+
+
 class Server:
     """One layer server as a test plays it: it asks, it is told, and it reads `data`."""
 
@@ -369,6 +376,8 @@ class Server:
         self._sock = sock
         self._layer = layer
         self._paths = paths
+        self.lent: dict[int, bytes] = {}
+        """Spans that came with a message instead of in `data`."""
         sock.settimeout(PATIENCE)
 
     def want(self, first: int, end: int | None = None, ahead_end: int | None = None) -> None:
@@ -386,14 +395,23 @@ class Server:
 
     def hear(self) -> wire.Message | None:
         """Return the next message, None when the fetcher has hung up."""
-        packet = self._sock.recv(100)
-        return wire.decode(packet) if packet else None
+        packet, fds, _, _ = socket.recv_fds(self._sock, 100, 1)
+        if not packet:
+            return None
+        message = wire.decode(packet)
+        if isinstance(message, wire.Lent):
+            with open(fds[0], "rb") as file:
+                self.lent[message.span] = file.read()
+        return message
 
     def wait(self, *spans: int) -> None:
-        """Wait until all of `spans` are said to be usable; fails when one is not."""
+        """Wait until all of `spans` are said to be usable, or lent; fails when one is not."""
         missing = set(spans)
         while missing:
             message = self.hear()
+            if isinstance(message, wire.Lent):
+                missing.discard(message.span)
+                continue
             assert isinstance(message, wire.Ready), f"{message} instead of Ready"
             missing -= set(range(message.first, message.end))
 
@@ -405,10 +423,16 @@ class Server:
         return message.errno
 
     def read(self, span: int) -> bytes:
-        """Ask for `span`, wait for it, and return its bytes."""
-        self.want(span)
-        self.wait(span)
-        return self.data(span)
+        """Ask for `span`, wait for it, and return its bytes; again if it was evicted meanwhile."""
+        self.lent.pop(span, None)
+        for _ in range(TRIES):
+            self.want(span)
+            self.wait(span)
+            if span in self.lent:
+                return self.lent[span]
+            with suppress(Evicted):
+                return self.data(span)
+        raise Evicted(span)
 
     def data(self, span: int) -> bytes:
         """Return what `data` holds of `span`; fails unless its state says that it may be read."""
@@ -416,7 +440,8 @@ class Server:
             view = SpanView(file.fileno())
             state = view.state(span)
             view.close()
-        assert state is SpanState.INFLATED
+        if state is not SpanState.INFLATED:
+            raise Evicted(span)
         where = self._layer.spans[span]
         with self._paths.data.open("rb") as file:
             file.seek(where.uncompressed_start)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -274,32 +272,3 @@ def test_a_span_that_cannot_be_inflated_is_an_error_and_not_fetched_again(
     ztoc.write_bytes(layer.ztoc)
     assert server.read(4) == layer.content(4)
     assert rig.times_fetched(layer)[4] == 1
-
-
-@pytest.fixture
-def small_disk(workdir: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", workdir], check=True)
-    yield workdir
-    subprocess.run(["umount", workdir], check=True)
-
-
-def test_a_full_disk_is_an_error_said_once_and_room_again_ends_it(
-    small_disk: Path, registry: Registry, expected_logs: ExpectedLogs
-) -> None:
-    expected_logs.allow("span cannot be had")
-    with Rig(small_disk, registry) as rig:
-        layer = rig.add(make_layer())
-        rig.open(layer)
-        ballast = small_disk / "ballast"
-        with suppress(OSError):
-            ballast.write_bytes(bytes(2 << 20))
-        server = rig.connect(layer)
-        for span in (4, 9):
-            server.want(span)
-            assert server.wait_failed(span) == errno.EIO
-        assert rig.count("disk_full") >= 2
-        said = [one for one in expected_logs.records if one.getMessage() == "span cannot be had"]
-        assert len(said) == 1
-        ballast.unlink()
-        assert server.read(4) == layer.content(4)

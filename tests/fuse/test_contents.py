@@ -55,6 +55,18 @@ def with_parts(
     trio.run(main)
 
 
+async def confirmed(parts: Serving, path: str, mend: Callable[[], object] = bool) -> bytes:
+    """Read a file beside a fetcher that looks at what is in doubt, and mends it."""
+    fetcher = Fetcher(parts)
+    try:
+        async with background() as nursery:
+            nursery.start_soon(fetcher.confirm, mend)
+            return await parts.read(path)
+    finally:
+        fetcher.close()
+    raise AssertionError("unreachable")
+
+
 # --- where the bytes are
 
 
@@ -254,15 +266,58 @@ def test_bytes_that_are_not_in_the_page_cache(layer: LazyLayer) -> None:
     with_parts(layer, test)
 
 
-def test_a_data_file_that_is_too_short_is_an_error(layer: LazyLayer) -> None:
+def test_a_data_file_that_stays_too_short_is_an_error(layer: LazyLayer, expected_logs: ExpectedLogs) -> None:
+    expected_logs.allow("data file is short")
+
     async def test(parts: Serving) -> None:
         os.ftruncate(parts.data, 3000)
-        with pytest.raises(OSError, match="data file is short") as info:
-            await parts.read("f100001")
+        with pytest.raises(OSError, match="short or evicted") as info:
+            await confirmed(parts, "f100001")
         assert info.value.errno == errno.EIO
         assert await parts.read("f1") == FILES["f1"]
 
     with_parts(layer, test)
+
+
+def test_a_data_file_that_was_cut_off_is_mended_and_read_again(
+    layer: LazyLayer, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("data file is short")
+
+    async def test(parts: Serving) -> None:
+        os.ftruncate(parts.data, 3000)
+        content = await confirmed(parts, "f100001", lambda: os.pwrite(parts.data, layer.tar, 0))
+        assert content == FILES["f100001"]
+
+    with_parts(layer, test)
+
+
+def test_a_damaged_header_is_doubted_before_it_is_refused(layer: LazyLayer) -> None:
+    async def test(parts: Serving) -> None:
+        start, end = header_of(parts, "f1")
+        os.pwrite(parts.data, bytes(end - start), start)
+        content = await confirmed(parts, "f1", lambda: os.pwrite(parts.data, layer.tar, 0))
+        assert content == FILES["f1"]
+        assert parts.count("header_mismatches") == 0
+
+    with_parts(layer, test)
+
+
+def test_what_the_disk_does_not_take_is_read_from_memory(missing: LazyLayer) -> None:
+    async def test(parts: Serving) -> None:
+        fetcher = Fetcher(parts)
+        async with background() as nursery:
+            nursery.start_soon(fetcher.lend)
+            for name in ("f100001", "f1", "f100001"):
+                assert await parts.read(name) == FILES[name]
+            for span in list(parts.spans_of("f100001"))[::2]:
+                parts.inflate(span)
+            for offset in range(0, 100001, 10_000):
+                content = await parts.read("f100001", offset, 10_000)
+                assert content == FILES["f100001"][offset : offset + 10_000]
+        fetcher.close()
+
+    with_parts(missing, test)
 
 
 def test_a_read_error_of_the_disk_is_passed_on(layer: LazyLayer) -> None:
@@ -311,7 +366,7 @@ def test_a_header_that_is_not_the_ztocs_is_refused_and_counted(
         os.pwrite(parts.data, rewritten(header, **changes), start)
         for _ in range(2):
             with pytest.raises(HeaderMismatch, match="f513"):
-                await parts.read("f513")
+                await confirmed(parts, "f513")
         assert parts.count("header_mismatches") == 2
         assert await parts.read("f512") == FILES["f512"]
         os.pwrite(parts.data, header, start)
@@ -325,7 +380,7 @@ def test_a_header_that_is_none_is_refused(layer: LazyLayer) -> None:
         start, end = header_of(parts, "f1")
         os.pwrite(parts.data, bytes(end - start), start)
         with pytest.raises(HeaderMismatch):
-            await parts.read("f1")
+            await confirmed(parts, "f1")
 
     with_parts(layer, test)
 

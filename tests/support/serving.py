@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -61,6 +61,24 @@ class Fetcher:
         for span in spans:
             self._serving.inflate(span)
             await self.send(wire.Ready(span, span + 1))
+
+    async def lend(self) -> None:
+        """Answer every demand with the bytes themselves."""
+        while True:
+            span = (await self.next_want()).first
+            where = self._serving.tree.span(span)
+            fd = os.memfd_create("lent")
+            os.write(fd, self._serving.layer.tar[where.uncompressed_start : where.uncompressed_end])
+            socket.send_fds(self._raw(), [wire.encode(wire.Lent(span))], [fd])
+            os.close(fd)
+
+    async def confirm(self, mend: Callable[[], object] = bool) -> None:
+        """Say of every span in doubt that it has been looked at, and is as it should be, after `mend`."""
+        while True:
+            message = wire.decode(await self._sock.recv(wire.PACKET_SIZE))
+            if isinstance(message, wire.Doubt):
+                mend()
+                await self.send(wire.Ready(message.span, message.span + 1))
 
     async def serve(self, rounds: int = 1 << 30) -> None:
         """Deliver the first span of each demand."""

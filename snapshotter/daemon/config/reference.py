@@ -87,10 +87,6 @@ RENAMED: dict[KeyPath, str] = {
 
 NOT_YET: tuple[KeyPath, ...] = (
     ("max_concurrency",),
-    ("blob", "fetching_timeout_sec"),
-    ("blob", "max_span_verification_retries"),
-    ("fetch", "max_background_bytes_per_sec"),
-    ("cache",),
     ("fuse", "log_fuse_operations"),
     ("content_store", "containerd_address"),
     ("pull_modes", "parallel_pull_unpack"),

@@ -143,7 +143,11 @@ class BlobConfig:
     min_wait_msec: int = value(0, "As [http] MinWaitMsec; 0: that value.", unit="milliseconds", minimum=0)
     max_wait_msec: int = value(0, "As [http] MaxWaitMsec; 0: that value.", unit="milliseconds", minimum=0)
     max_span_verification_retries: int = value(
-        0, "Fetches after the first of a span whose bytes have the wrong digest; -1: three.", minimum=-1
+        # The reference's 0 would make an error of the program out of one byte that a proxy has broken.
+        2,
+        "Fetches after the first of a span whose bytes have the wrong digest; -1: three; 0: two.",
+        minimum=-1,
+        zero_is_default=True,
     )
 
     @property
