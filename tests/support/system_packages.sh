@@ -24,6 +24,8 @@ need iproute2 has ip
 need prometheus has promtool
 need prometheus has prometheus
 need openssl has openssl
+need gnupg has gpg
+need gnupg has gpg-agent
 need gcc has gcc
 need libc6-dev test -e /usr/include/stdio.h
 need pkg-config has pkg-config
