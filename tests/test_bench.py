@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from bench import coldstart, demo, image
+from bench import coldstart, demo, identity, image, mixed
 from bench.contenders import Reference
 from bench.figures import Figure, summary
 from bench.image import Recipe
@@ -136,3 +137,21 @@ def test_a_lone_host_reaches_itself_and_nobody_else(root: None) -> None:
     with LoneHost() as alone:
         command = [*alone.host.prefix, sys.executable, "-c", program, alone.host.address]
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
+
+
+@pytest.mark.parametrize("program", [identity, mixed])
+def test_without_a_reference_there_is_nothing_to_compare_with(
+    program: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("REFERENCE_SOCI", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["program"])
+    assert program.main() == 2
+    assert "REFERENCE_SOCI" in capsys.readouterr().err
+
+
+def test_a_score_names_what_differs() -> None:
+    score = identity.Score()
+    score.count("one", same=True)
+    score.count("two", same=False)
+    assert (str(score), score.different) == ("1 of 2", ["two"])

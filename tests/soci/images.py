@@ -34,8 +34,8 @@ class Blobs:
         return {"mediaType": media_type, "digest": sha256(data), "size": len(data)}
 
     def put_json(self, obj: object, media_type: str) -> dict[str, Any]:
-        """Write a document and return its descriptor."""
-        return self.put(json.dumps(obj).encode(), media_type)
+        """Write a document, as compact as Go writes it, and return its descriptor."""
+        return self.put(json.dumps(obj, separators=(",", ":")).encode(), media_type)
 
     def put_manifest(self, layers: Sequence[LayerBlob], architecture: str) -> dict[str, Any]:
         """Write a whole image of one platform and return its manifest's descriptor."""
