@@ -1,6 +1,6 @@
 """Digest for digest: what `soci` makes, beside what reference programs make of the same layers.
 
-    REFERENCE_SOCI=/path/to/soci[:/path/to/another] python -m bench.identity [--record]
+    REFERENCE_SOCI=DIRECTORY[:DIRECTORY] python -m bench.identity [--record]
 
 The layers are those of `tests/support/corpus.py` and a tree of real files, packed by every compressor that is on this
 machine. Compared are the zTOC of every layer, the v1 index, and, if the reference can convert, every byte of the
@@ -94,12 +94,9 @@ class Score:
 class Reference:
     """A reference program."""
 
-    def __init__(self, program: Path) -> None:
+    def __init__(self, program: Path, version: str) -> None:
         self.program = program
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"\d+\.\d+\.\d+", said)
-        assert found is not None, f"{program} --version says {said!r}"
-        self.version = found[0]
+        self.version = version
         asked = subprocess.run([program, "convert", "--help"], capture_output=True, text=True, check=False)
         self.converts = "--standalone" in asked.stdout
 
@@ -118,9 +115,16 @@ class Reference:
 
 
 def references() -> list[Reference]:
-    """Return those that REFERENCE_SOCI names, else the one in PATH."""
-    named = os.environ.get("REFERENCE_SOCI") or shutil.which("soci") or ""
-    return [Reference(Path(path)) for path in named.split(os.pathsep) if path]
+    """Return every `soci` in the directories of REFERENCE_SOCI and PATH that says the version a reference says."""
+    places = os.pathsep.join(os.environ.get(name, "") for name in ("REFERENCE_SOCI", "PATH"))
+    found: dict[str, Reference] = {}
+    for program in filter(
+        os.path.isfile, (Path(place) / "soci" for place in places.split(os.pathsep) if place)
+    ):
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+        if (version := re.search(r"soci version v?(\d+\.\d+\.\d+)", said)) is not None:
+            found.setdefault(version[1], Reference(program, version[1]))
+    return list(found.values())
 
 
 def groups(cases: Sequence[corpus.Case], directory: Path) -> Iterator[Group]:
@@ -299,7 +303,7 @@ def main() -> int:
     arguments = parser.parse_args()
     found = references()
     if not found:
-        print("no reference: set REFERENCE_SOCI to the path of its soci", file=sys.stderr)
+        print("no reference: set REFERENCE_SOCI to the directory of its programs", file=sys.stderr)
         return 2
     facts: list[corpus.Fact] = []
     good = True

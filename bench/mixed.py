@@ -1,8 +1,8 @@
 """One fleet, two makers: what `soci` makes is run by reference daemons, and what they make by ours.
 
-    REFERENCE_SOCI=/path/to/soci[:/path/to/another] python -m bench.mixed
+    REFERENCE_SOCI=DIRECTORY[:DIRECTORY] python -m bench.mixed
 
-A reference daemon is looked for beside its `soci` (soci-snapshotter-grpc, with the same ending). Each image is pulled
+A directory has `soci` and `soci-snapshotter-grpc`. Each image is pulled
 lazily by a real containerd from a real registry with TLS, and a container reads all of it; what it sees must be what it
 sees through overlayfs, and the layers must be FUSE mounts.
 
@@ -42,15 +42,14 @@ class ReferenceDaemon(Service):
     """The daemon of a reference, with a root of its own."""
 
     def __init__(self, reference: Reference, place: Path, fleet: Fleet) -> None:
-        name = reference.program.name.replace("soci", "soci-snapshotter-grpc", 1)
-        self.program = reference.program.with_name(name)
+        program = reference.program.with_name("soci-snapshotter-grpc")
         self.address = place / "snapshotter.sock"
         self.root = place / "root"
         place.mkdir()
         config = place / "config.toml"
         config.write_text(to_toml(_CONFIG))
         options: list[str | Path] = ["--config", config, "--address", self.address, "--root", self.root]
-        super().__init__([*fleet.prefix, self.program, *options], log=place / "log", env=fleet.env)
+        super().__init__([*fleet.prefix, program, *options], log=place / "log", env=fleet.env)
 
     def cleanup(self) -> None:
         """End it and detach what it mounted."""
@@ -193,7 +192,7 @@ def main() -> int:
     """Run every combination; exit code 1 when one is not as it must be, 2 when there is no reference."""
     found = references()
     if not found:
-        print("no reference: set REFERENCE_SOCI to the path of its soci", file=sys.stderr)
+        print("no reference: set REFERENCE_SOCI to the directory of its programs", file=sys.stderr)
         return 2
     good = True
     place = Path(tempfile.mkdtemp(prefix="st-"))
