@@ -135,7 +135,12 @@ class Keeper:
         """Take back what the holder kept, mount again what it did not keep; return what could not be mounted."""
         held: dict[int, tuple[str, int, kernel.Init]] = {}
         for name, fd in (await trio.to_thread.run_sync(self._holder.kept)).items():
-            snapshot_id, init = parse_holder_name(name)
+            try:
+                snapshot_id, init = parse_holder_name(name)
+            except ValueError:  # of another version; it is for that one to take back
+                _log.warning("the holder keeps something unknown", extra={"held": name})
+                os.close(fd)
+                continue
             if is_dead(fd):
                 os.close(fd)
                 await trio.to_thread.run_sync(self._holder.drop, name)

@@ -96,7 +96,7 @@ class _Reader:
         except OSError as error:
             self.problems.append(f"{path}: cannot be read: {error.strerror}")
             return (own,)
-        except ValueError as error:  # also tomllib's and a decoder's
+        except (ValueError, RecursionError) as error:  # also tomllib's and a decoder's
             self.problems.append(f"{path}: not TOML: {error}")
             return (own,)
         hosts = list(self._mirrors(settings.get("host", {})))

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ from snapshotter.oci.gojson import go_json, load_object
 from snapshotter.oci.media_types import layer_compression
 from snapshotter.oci.platform import matches, parse_platform
 from snapshotter.oci.reference import Reference, default_scheme
-from snapshotter.registry import auth, challenge, referrers, replies
+from snapshotter.registry import auth, challenge, hostsfile, referrers, replies
+from snapshotter.registry.hosts import own_host
 from snapshotter.registry.keychain import DockerConfigKeychain
 from snapshotter.registry.source import BlobSource
 from snapshotter.registry.wire import Exchange, Reply, joined
@@ -501,7 +503,7 @@ def http_error(data: bytes) -> None:
 def http_challenge(data: bytes) -> None:
     for way in challenge.parse_challenges([data.decode("latin-1")]):
         with contextlib.suppress(AuthenticationFailed):
-            auth._token_request("registry.example", way, ("repository:app:pull",), None)
+            auth._token_request(own_host("registry.example"), way, ("repository:app:pull",), None)
 
 
 @target
@@ -545,6 +547,14 @@ def docker_config(data: bytes) -> None:
 def toml_config(data: bytes) -> None:
     with _file(data) as fd, contextlib.suppress(ConfigError):
         load(Path(f"/proc/self/fd/{fd}"), explicit=True)
+
+
+@target
+def hosts_file(data: bytes) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        Path(directory, "hosts.toml").write_bytes(data)
+        reader = hostsfile._Reader(Path(directory), "registry.example", None, ())
+        assert reader.hosts(), "a registry has always a host: itself"
 
 
 @target
