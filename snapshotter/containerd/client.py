@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Final, Self
 
-from snapshotter.api import introspection_pb2, leases_pb2
+from snapshotter.api import introspection_pb2, leases_pb2, namespaces_pb2
 from snapshotter.api.introspection_pb2_grpc import IntrospectionStub
 from snapshotter.api.leases_pb2_grpc import LeasesStub
+from snapshotter.api.namespaces_pb2_grpc import NamespacesStub
 from snapshotter.containerd.connection import Connection
 from snapshotter.containerd.content import ContentStore
 from snapshotter.containerd.images import Images
@@ -65,6 +66,16 @@ class Containerd:
     def close(self) -> None:
         """End the connection."""
         self._connection.close()
+
+    def in_namespace(self, name: str) -> Containerd:
+        """Return a client of another namespace over the same connection, which ends with this one."""
+        return Containerd(self._connection.in_namespace(name))
+
+    def namespaces(self) -> list[str]:
+        """Return the name of every namespace."""
+        stub = NamespacesStub(self._connection.channel)
+        answer = self._connection.call(stub.List, namespaces_pb2.ListNamespacesRequest(), "namespaces")
+        return [namespace.name for namespace in answer.namespaces]
 
     def snapshots(self, snapshotter: str) -> Snapshots:
         """Return the snapshots of one snapshotter."""

@@ -75,6 +75,12 @@ class Connection:
         other._deadline = self._deadline
         return other
 
+    def in_namespace(self, namespace: str) -> Connection:
+        """Return a connection over the same channel, with the same deadline, in another namespace."""
+        other = Connection(self.address, namespace, channel=self.channel)
+        other._deadline = self._deadline
+        return other
+
     def close(self) -> None:
         """End the connection; calls that are under way fail."""
         self.channel.close()

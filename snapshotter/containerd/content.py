@@ -47,6 +47,13 @@ class ContentStore:
             for info in answer.info:
                 yield Digest(info.digest)
 
+    def labelled(self, label: str) -> Iterator[tuple[float, Digest]]:
+        """Yield time (seconds since the epoch) and digest of every blob that has the label, whatever it says."""
+        request = pb.ListContentRequest(filters=[f'labels."{label}"'])
+        for answer in self._connection.stream(self._stub.List, request, "content"):
+            for info in answer.info:
+                yield info.created_at.ToNanoseconds() / 1e9, Digest(info.digest)
+
     def exists(self, digest: Digest) -> bool:
         """Say whether the namespace has the blob."""
         try:

@@ -34,6 +34,7 @@ from snapshotter.daemon.config import Config
 from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.localcontent import ContainerdArtifacts, LayoutArtifacts, LocalFirst, LocalStore
 from snapshotter.daemon.metrics import Collector
 from snapshotter.daemon.numbers import Numbers
 from snapshotter.daemon.phases import Phases
@@ -194,6 +195,7 @@ class App:
     ) -> Provider:
         config, root = self._config, self._root
         layers = LayerStore(root, tidy=True)
+        artifacts = LocalFirst(self._local_store(), client)
         modes = Modes(v1=config.pull_modes.soci_v1.enable, v2=config.pull_modes.soci_v2.enable)
         limits = CompileLimits(config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec)
         return Provider(
@@ -205,8 +207,8 @@ class App:
             root=root,
             layers=layers,
             store=store,
-            catalog=Catalog(root, client, modes, nursery, self._phases),
-            artifacts=LayerArtifacts(layers, client, forker, limits, nursery, self._phases),
+            catalog=Catalog(root, artifacts, modes, nursery, self._phases),
+            artifacts=LayerArtifacts(layers, artifacts, forker, limits, nursery, self._phases),
             sources=sources,
             fetcher=self._fetcher,
             keeper=self._keeper,
@@ -276,6 +278,12 @@ class App:
         self._numbers.retire(spec, counters)
         if spec.snapshot_id != selftest.SELFTEST_ID:
             self._provider.gone(spec)
+
+    def _local_store(self) -> LocalStore:
+        content_store = self._config.content_store
+        if content_store.type == "containerd":
+            return ContainerdArtifacts(content_store.containerd_address)
+        return LayoutArtifacts(self._root)
 
     # --- configuration, in the parts' own terms ---------------------------------------------------------------
 

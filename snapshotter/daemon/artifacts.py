@@ -28,6 +28,7 @@ import trio
 
 from snapshotter import messages
 from snapshotter.daemon.flights import Flights
+from snapshotter.daemon.localcontent import Artifacts
 from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.errors import DigestMismatch, InvalidLayerFile, InvalidZtoc, UnsupportedLayer
 from snapshotter.fuse.compiling import inherited_memfd
@@ -39,7 +40,6 @@ from snapshotter.layer.store import LayerStore
 from snapshotter.layer.tree import Tree
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
-from snapshotter.registry.client import RegistryClient
 from snapshotter.units import Digest, sha256_digest
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class LayerArtifacts:
     def __init__(
         self,
         store: LayerStore,
-        client: RegistryClient,
+        artifacts: Artifacts,
         forker: Forker,
         limits: CompileLimits,
         nursery: trio.Nursery,
@@ -78,7 +78,7 @@ class LayerArtifacts:
     ) -> None:
         self._phases = phases
         self._store = store
-        self._client = client
+        self._artifacts = artifacts
         self._forker = forker
         self._limits = limits
         self._flights: Flights[Digest] = Flights(nursery)
@@ -139,7 +139,7 @@ class LayerArtifacts:
                 f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
             )
         with self._phases.timed(Phase.ZTOC):
-            data = await self._client.blob(image, ztoc, max_size=ztoc.size)
+            data = await self._artifacts.blob(image, ztoc, max_size=ztoc.size)
         await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
 
     def _open(self, layer: Digest, variant: str = "") -> Tree:

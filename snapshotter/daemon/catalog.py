@@ -21,12 +21,12 @@ import trio
 
 from snapshotter.daemon.discovery import Found, Modes, find_index
 from snapshotter.daemon.flights import Flights
+from snapshotter.daemon.localcontent import Artifacts
 from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.errors import CorruptData, NoIndex, SnapshotterError
 from snapshotter.oci.manifest import ImageManifest
 from snapshotter.oci.manifest import parse as parse_manifest
 from snapshotter.oci.reference import Reference
-from snapshotter.registry.client import RegistryClient
 from snapshotter.soci.index import parse as parse_index
 from snapshotter.units import Digest, digest_hex, sha256_digest
 
@@ -47,12 +47,12 @@ class Catalog:
     """Resolves images, each once."""
 
     def __init__(
-        self, root: Path, client: RegistryClient, modes: Modes, nursery: trio.Nursery, phases: Phases
+        self, root: Path, artifacts: Artifacts, modes: Modes, nursery: trio.Nursery, phases: Phases
     ) -> None:
         self._phases = phases
         self._directory = root / "images"
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        self._client = client
+        self._artifacts = artifacts
         self._modes = modes
         self._flights: Flights[Found] = Flights(nursery)
         self._known: OrderedDict[_Key, Found] = OrderedDict()
@@ -81,7 +81,7 @@ class Catalog:
         if found is None:
             try:
                 with self._phases.timed(Phase.INDEX, answers=(NoIndex,)):
-                    found = await find_index(self._client, image, explicit=explicit, modes=self._modes)
+                    found = await find_index(self._artifacts, image, explicit=explicit, modes=self._modes)
             except SnapshotterError as error:
                 holds = _NO_INDEX_HOLDS_S if isinstance(error, NoIndex) else _FAILURE_HOLDS_S
                 self._failed = {k: v for k, v in self._failed.items() if v[0] > trio.current_time()}

@@ -1,4 +1,4 @@
-"""Finding the SOCI index of an image, in the registry that has the image.
+"""Finding the SOCI index of an image: on this host, or in the registry that has the image.
 
 In order: the index that the client names (a label); the one that the image manifest names (v2, an annotation);
 the one that names the image (v1, by the referrers API or its fallback tag). A v2 annotation that leads nowhere
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import trio
 
+from snapshotter.daemon.localcontent import Artifacts
 from snapshotter.errors import BlobNotFound, CorruptData, InvalidIndex, NoIndex, RegistryError
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import ImageManifest
 from snapshotter.oci.manifest import parse as parse_manifest
 from snapshotter.oci.media_types import SOCI_INDEX_V1
 from snapshotter.oci.reference import Reference
-from snapshotter.registry.client import RegistryClient
 from snapshotter.soci.index import INDEX_DIGEST, SociIndex
 from snapshotter.soci.index import parse as parse_index
 from snapshotter.units import Digest, parse_digest
@@ -56,9 +56,9 @@ class Found:
     """`explicit`, `v2` or `v1`."""
 
 
-async def image_manifest(client: RegistryClient, image: Reference) -> tuple[ImageManifest, bytes]:
+async def image_manifest(artifacts: Artifacts, image: Reference) -> tuple[ImageManifest, bytes]:
     """Return the manifest at `image.digest`. Raises RegistryError, InvalidIndex (also for a list of images)."""
-    descriptor, data = await client.manifest(image)
+    descriptor, data = await artifacts.manifest(image)
     manifest = parse_manifest(data, descriptor.media_type)
     if not isinstance(manifest, ImageManifest):
         raise InvalidIndex(f"{image} is a list of images, not the image of one platform")
@@ -66,39 +66,37 @@ async def image_manifest(client: RegistryClient, image: Reference) -> tuple[Imag
 
 
 async def find_index(
-    client: RegistryClient, image: Reference, *, explicit: Digest | None, modes: Modes
+    artifacts: Artifacts, image: Reference, *, explicit: Digest | None, modes: Modes
 ) -> Found:
     """Return the index of `image` (a reference with a digest). Raises NoIndex, RegistryError, InvalidIndex."""
     if explicit is None and not (modes.v1 or modes.v2):
         raise NoIndex(f"{image}: all lazy pull modes are disabled")
-    manifest, data = await image_manifest(client, image)
+    manifest, data = await image_manifest(artifacts, image)
     if explicit is not None:
-        return Found(manifest, data, await _index_at(client, image, explicit), "explicit")
+        return Found(manifest, data, await _index_at(artifacts, image, explicit), "explicit")
     if modes.v2:
-        index = await _by_annotation(client, image, manifest)
+        index = await _by_annotation(artifacts, image, manifest)
         if index is not None:
             return Found(manifest, data, index, "v2")
     if modes.v1:
-        return Found(manifest, data, await _by_referrers(client, image, manifest), "v1")
+        return Found(manifest, data, await _by_referrers(artifacts, image, manifest), "v1")
     raise NoIndex(f"{image} has no SOCI index (v2), and v1 is disabled")
 
 
-async def _index_at(client: RegistryClient, image: Reference, digest: Digest) -> SociIndex:
+async def _index_at(artifacts: Artifacts, image: Reference, digest: Digest) -> SociIndex:
     try:
-        _descriptor, data = await client.manifest(image.with_digest(digest))
+        _descriptor, data = await artifacts.manifest(image.with_digest(digest))
     except BlobNotFound as error:
         raise NoIndex(f"{image}: its SOCI index {digest} is not in the registry") from error
     return parse_index(data)
 
 
-async def _by_annotation(
-    client: RegistryClient, image: Reference, manifest: ImageManifest
-) -> SociIndex | None:
+async def _by_annotation(artifacts: Artifacts, image: Reference, manifest: ImageManifest) -> SociIndex | None:
     named = manifest.annotations.get(INDEX_DIGEST)
     if named is None:
         return None
     try:
-        return await _index_at(client, image, parse_digest(named))
+        return await _index_at(artifacts, image, parse_digest(named))
     except (NoIndex, CorruptData, ValueError) as error:
         _log.warning(
             "the image names a SOCI index that cannot be used; looking for a v1 index",
@@ -107,13 +105,13 @@ async def _by_annotation(
         return None
 
 
-async def _by_referrers(client: RegistryClient, image: Reference, manifest: ImageManifest) -> SociIndex:
-    candidates = _newest_first(await client.referrers(image, SOCI_INDEX_V1))[:_MAX_CANDIDATES]
+async def _by_referrers(artifacts: Artifacts, image: Reference, manifest: ImageManifest) -> SociIndex:
+    candidates = _newest_first(await artifacts.referrers(image, SOCI_INDEX_V1))[:_MAX_CANDIDATES]
     found: list[SociIndex | RegistryError | None] = [None] * len(candidates)
 
     async def load(position: int, descriptor: Descriptor) -> None:
         try:
-            found[position] = await _index_at(client, image, descriptor.digest)
+            found[position] = await _index_at(artifacts, image, descriptor.digest)
         except (NoIndex, CorruptData) as error:
             _log.warning("a v1 SOCI index cannot be used", extra={"image": str(image), "error": str(error)})
         except RegistryError as error:

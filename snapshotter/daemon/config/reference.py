@@ -72,7 +72,6 @@ WITHOUT_EFFECT: dict[KeyPath, Dropped] = {
     ("background_fetch", "max_queue_size"): Dropped(int, _NO_QUEUE),
     ("background_fetch", "drop_policy"): Dropped(str, _NO_QUEUE),
     ("background_fetch", "emit_metric_period_sec"): Dropped(int, "Counters are read when /metrics is asked."),
-    ("content_store", "type"): Dropped(str, "zTOCs and spans live below --root, whoever made them."),
     ("content_store", "namespace"): Dropped(str, "The namespace comes with each request of containerd."),
     ("resolver", "auth_client_ttl_sec"): Dropped(int, _ONE_TOKEN),
     ("resolver", "enable_auth_client_sharing"): Dropped(bool, _ONE_TOKEN),
@@ -88,7 +87,6 @@ RENAMED: dict[KeyPath, str] = {
 NOT_YET: tuple[KeyPath, ...] = (
     ("max_concurrency",),
     ("fuse", "log_fuse_operations"),
-    ("content_store", "containerd_address"),
     ("pull_modes", "parallel_pull_unpack"),
     ("prefetch",),
     ("kubeconfig_keychain",),

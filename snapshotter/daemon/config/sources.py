@@ -158,10 +158,20 @@ class BlobConfig:
 
 @dataclass(frozen=True, slots=True)
 class ContentStoreConfig:
-    """Where containerd is."""
+    """Where artifacts are that are on the host already; as `soci --content-store`. The registry is asked after it."""
 
+    type: str = value(
+        "soci",
+        "containerd: its content store; soci: what is below --root.",
+        choices=("soci", "containerd"),
+        zero_is_default=True,
+    )
     containerd_address: str = value(
-        CONTAINERD_SOCKET, "Socket of containerd.", zero_is_default=True, form=_SOCKET, convert=_socket_path
+        CONTAINERD_SOCKET,
+        "Socket of the containerd whose content store that is.",
+        zero_is_default=True,
+        form=_SOCKET,
+        convert=_socket_path,
     )
 
 
