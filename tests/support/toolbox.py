@@ -16,9 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.chaos import reader
 from tests.support import treedump
 
-SCRIPTS = (Path(treedump.__file__),)
+SCRIPTS = (Path(treedump.__file__), Path(reader.__file__))
 _LIBRARY = re.compile(r"(?:=> |^\s*)(/\S+) \(0x", re.MULTILINE)
 # Encodings and the like are imported by the interpreter itself, by name, at a moment of its own choice.
 _LIST_MODULES = """
