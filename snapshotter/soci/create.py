@@ -45,6 +45,9 @@ DEFAULT_MIN_LAYER_SIZE: Final = 10 << 20
 MAX_ZTOC_SIZE: Final = 2 << 30
 """Bytes of a zTOC: far beyond any real one, below what memory holds."""
 
+MAX_SPAN_SIZE: Final = (1 << 63) - 1
+"""Bytes; the format has 64 bits, signed."""
+
 _ALGORITHMS: Final = {
     "gzip": Algorithm.GZIP,
     "uncompressed": Algorithm.UNCOMPRESSED,
@@ -77,6 +80,8 @@ class CreateOptions:
     def __post_init__(self) -> None:
         if self.span_size < 0:
             raise UsageError(f"span size {self.span_size}: must not be negative")
+        if self.span_size > MAX_SPAN_SIZE:
+            raise UsageError(f"span size {self.span_size}: a zTOC holds at most {MAX_SPAN_SIZE}")
         if self.min_layer_size < 0:
             raise UsageError(f"minimum layer size {self.min_layer_size}: must not be negative")
 

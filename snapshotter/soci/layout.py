@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
-from snapshotter.errors import CorruptData, NotFound, UsageError
+from snapshotter.errors import CorruptData, InvalidIndex, NotFound, UsageError
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import ImageIndex, parse
 from snapshotter.oci.media_types import OCI_INDEX
@@ -138,7 +138,11 @@ class OciLayout:
             self.close()
             hint = "a docker-save archive? " if "manifest.json" in self._members else ""
             raise UsageError(f"OCI layout {self._path}: {hint}it has no index.json") from None
-        document = parse(data, OCI_INDEX)
+        try:
+            document = parse(data, OCI_INDEX)
+        except InvalidIndex as error:
+            self.close()
+            raise InvalidIndex(f"OCI layout {self._path}: index.json: {error}") from None
         if not isinstance(document, ImageIndex):  # pragma: no cover - the media type above rules it out
             raise UsageError(f"OCI layout {self._path}: index.json is not an image index")
         return document

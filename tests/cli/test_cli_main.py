@@ -65,6 +65,17 @@ USAGE = {
     "no image": (["create"], "required: IMAGE; see `soci create --help`"),
     "span size": (["create", "--span-size", "4MiB", "x"], "argument --span-size: invalid int value: '4MiB'"),
     "negative span size": (["create", "--span-size", "-1", "x"], "span size -1: must not be negative"),
+    "large span size": (
+        ["create", "--span-size", str(1 << 63), "x"],
+        "span size 9223372036854775808: a zTOC holds at most 9223372036854775807",
+    ),
+    "uploads": (["push", "--max-concurrent-uploads", "-1", "x"], "'-1' is not a number of uploads"),
+    "existing index": (["push", "--existing-index", "keep", "x"], "invalid choice: 'keep'"),
+    "no tag": (
+        ["convert", "--registry", "r.example/x:1", "r.example/y"],
+        "destination r.example/y: needs a tag",
+    ),
+    "digest": (["ztoc", "info", "sha256:zz"], "write it as sha256:<64 hex digits>"),
     "duration": (["--timeout", "soon", "index", "ls"], "'soon' is not a duration; write 30s, 1m30s or 500ms"),
     "store": (["--content-store", "s3", "index", "ls"], "invalid choice: 's3'"),
     "platform": (["create", "-p", "a/b/c/d", "x", "--oci-layout", "/"], "OCI layout /: it has no index.json"),

@@ -177,6 +177,20 @@ def test_what_was_refused_midway_is_finished_by_the_next_run(soci: Soci) -> None
         assert len(json.loads(there.manifest("copy", "v2"))["manifests"]) == 2
 
 
+def test_a_registry_that_hangs_up_has_no_index_until_the_next_run(soci: Soci) -> None:
+    with Registry() as registry:
+        data = layer({"a": os.urandom(1000)}).content
+        assert isinstance(data, bytes)
+        image = registry.add_image([data])
+        fault = registry.fault(Drop(method="PUT", path="/manifests/", count=-1))
+        assert registry.host in soci.fails("create", *REMOTE, image.name)
+        assert fault.hits > 0
+        assert referrers(image.name, image.digest) == []
+        registry.clear_faults()
+        soci("create", *REMOTE, image.name)
+        assert len(referrers(image.name, image.digest)) == 1
+
+
 def test_a_broken_upload_is_gone_on_with() -> None:
     pieces = [b"a" * 100, b"b" * 100, b"c" * 100]
     with Registry() as registry:

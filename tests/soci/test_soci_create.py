@@ -25,7 +25,7 @@ from snapshotter.ztoc.build import build as build_ztoc
 from snapshotter.ztoc.model import Algorithm
 from snapshotter.ztoc.parse import parse
 from tests.soci.images import Blobs, noise
-from tests.support.images import LayerBlob, directory, layer, symlink, tar, tar_layer
+from tests.support.images import LayerBlob, compress, directory, layer, sha256, symlink, tar, tar_layer
 
 SMALL = CreateOptions(span_size=1 << 16, min_layer_size=0, build_tool="test")
 FILES = {
@@ -230,6 +230,28 @@ def test_a_config_that_lies_about_a_layer_is_found(tmp_path: Path) -> None:
         DigestMismatch, match=f"layer {wrong.digest}: .* but the image's config says sha256:0000"
     ):
         Workshop(tmp_path, [wrong]).build()
+
+
+BAD = {
+    "garbage behind": (lambda data: data + b"garbage", "gzip stream: "),
+    "zeros behind": (lambda data: data + bytes(512), "gzip stream: "),
+    "truncated": (lambda data: data[:-10], "in the middle of a member"),
+    "zstd": (lambda _: compress(b"z" * 5000, "zstd"), "gzip stream: "),
+    "no tar": (lambda _: compress(b"t" * 5000, "gzip"), "tar header"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_layer_that_was_bad_when_it_was_made_is_named(tmp_path: Path, case: str) -> None:
+    """Its digest is right, so no transfer is to blame."""
+    spoil, message = BAD[case]
+    good = layer(FILES)
+    blob = spoil(content(good))
+    bad = replace(good, digest=sha256(blob), size=len(blob), content=blob)
+    workshop = Workshop(tmp_path, [layer({"fine": b"layer"}), bad])
+    with pytest.raises(InvalidTar, match=f"layer {bad.digest}: .*{message}"):
+        workshop.build()
+    assert workshop.database.indices() == []
 
 
 @pytest.mark.parametrize("name", ["span_size", "min_layer_size"])

@@ -219,5 +219,5 @@ def test_what_is_no_layout_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a docker-save archive\? it has no index.json"):
         open_layout(archive(tmp_path / "saved", tmp_path / "saved.tar", "."))
     (tmp_path / "index.json").write_text('{"schemaVersion":2,"manifests":[{"digest":"x"}]}')
-    with pytest.raises(InvalidIndex, match=r"manifests\[0\]"):
+    with pytest.raises(InvalidIndex, match=r"index\.json: manifests\[0\]"):
         open_layout(tmp_path)
