@@ -115,14 +115,15 @@ class Reference:
 
 
 def references() -> list[Reference]:
-    """Return every `soci` in the directories of REFERENCE_SOCI and PATH that says the version a reference says."""
+    """Return every `soci` in the directories of REFERENCE_SOCI and PATH, but our own."""
     places = os.pathsep.join(os.environ.get(name, "") for name in ("REFERENCE_SOCI", "PATH"))
     found: dict[str, Reference] = {}
     for program in filter(
         os.path.isfile, (Path(place) / "soci" for place in places.split(os.pathsep) if place)
     ):
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
-        if (version := re.search(r"soci version v?(\d+\.\d+\.\d+)", said)) is not None:
+        version = re.search(r"soci version v?(\d+\.\d+\.\d+)", said)
+        if version is not None and "snapshotter-" not in said:
             found.setdefault(version[1], Reference(program, version[1]))
     return list(found.values())
 

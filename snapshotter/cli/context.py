@@ -174,10 +174,10 @@ class Context:
         options = self.arguments
         if options.tlskey and not options.tlscert:
             raise UsageError("--tlskey: needs --tlscert, the certificate of that key")
-        if options.hosts_dir:
-            if not Path(options.hosts_dir).is_dir():
-                raise UsageError(f"--hosts-dir: {options.hosts_dir} is not a directory")
-            return ConfiguredHosts({}, HostsDirectories([Path(options.hosts_dir)]), plain_http=plain_http)
+        # nerdctl passes all of its places, there or not, joined by commas.
+        directories = [path for path in map(Path, options.hosts_dir.split(",")) if path.is_dir()]
+        if directories:
+            return ConfiguredHosts({}, HostsDirectories(directories), plain_http=plain_http)
         trust = Trust(
             (options.tlscacert,) if options.tlscacert else (),
             ((options.tlscert, options.tlskey or ""),) if options.tlscert else (),

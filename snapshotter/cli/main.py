@@ -21,6 +21,9 @@ from snapshotter.containerd.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
 from snapshotter.errors import SnapshotterError, UsageError
 
 _COMMANDS: Final = (create, convert, push, rebuild, image, index, ztoc, prefetch)
+REFERENCE_VERSION: Final = "0.15.0"
+"""Of the reference whose commands these are: nerdctl reads it from --version, and asks for 0.10 before it converts."""
+
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -64,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole program."""
     parser = _Parser(prog="soci", description="Make, publish and inspect the SOCI artifacts of images.")
-    parser.add_argument("--version", action="version", version=f"soci {__version__}")
+    version = f"soci version v{REFERENCE_VERSION} snapshotter-{__version__}"
+    parser.add_argument("--version", "-v", action="version", version=version)
     _add_global_options(parser, defaults=True)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # Global options are understood on both sides of the command's name; the later one wins.

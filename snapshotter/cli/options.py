@@ -46,8 +46,9 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain-http", action="store_true", help="speak HTTP to the registry, not HTTPS")
     parser.add_argument(
         "--hosts-dir",
-        metavar="DIR",
-        help="containerd's directory of hosts.toml: mirrors and certificates (none; the options below then do not count)",
+        metavar="DIR[,DIR]",
+        default="",
+        help="containerd's directories of hosts.toml: mirrors and certificates; where one is, the options below do not count",
     )
     parser.add_argument("--tlscacert", metavar="FILE", help="authorities to trust besides the system's")
     parser.add_argument("--tlscert", metavar="FILE", help="certificate to show to the registry")

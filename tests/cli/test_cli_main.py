@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import trio
 
 from snapshotter import __version__
-from snapshotter.cli.main import build_parser, main
+from snapshotter.cli.main import REFERENCE_VERSION, build_parser, main
 from snapshotter.cli.nursery import first_error, open_nursery
 from snapshotter.containerd.client import Containerd
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
@@ -30,7 +31,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["--version"])
     assert exit_info.value.code == 0
-    assert capsys.readouterr().out == f"soci {__version__}\n"
+    out = capsys.readouterr().out
+    assert out == f"soci version v{REFERENCE_VERSION} snapshotter-{__version__}\n"
+    found = re.search(r"v?(\d+\.\d+\.\d+)", out)  # as nerdctl looks for it
+    assert found is not None
+    assert found[1] == REFERENCE_VERSION
 
 
 def test_the_environment_names_containerd(monkeypatch: pytest.MonkeyPatch) -> None:

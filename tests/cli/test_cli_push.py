@@ -190,6 +190,15 @@ def test_a_refused_upload_publishes_nothing_and_the_next_run_finishes(
         assert registry.count(method="PUT", path="/blobs/uploads") - done < 3
 
 
+def test_what_nerdctl_says_is_understood(soci: Soci, image: Image, layout: tuple[str, Path]) -> None:
+    with Registry() as registry:
+        name = hosted(registry, image)
+        soci("create", *ALL, *layout, name)
+        nerdctl = ("--skip-verify", "--plain-http", "--hosts-dir", "/nowhere/certs.d,/nowhere/else")
+        soci("push", *nerdctl, *layout, name)
+        check_published(name, image, soci, local_index(soci))
+
+
 def test_credentials(soci: Soci, image: Image, layout: tuple[str, Path]) -> None:
     with Registry(auth=Basic("writer", "right-password")) as registry:
         name = hosted(registry, image)
