@@ -307,6 +307,7 @@ class App:
                 "on_demand_connections": config.fetch.ondemand_connections,
                 "background_connections": config.fetch.background_connections,
                 "memory_bytes": config.fetch.inflight_max_bytes,
+                "unreachable": config.fetch.unreachable,
                 "background_bytes_per_s": config.fetch.max_background_bytes_per_sec,
                 "range_timeout_s": float(config.blob.fetching_timeout_sec),
                 "span_tries": 1 + config.blob.span_refetches,

@@ -39,6 +39,7 @@ COUNTERS = (
     "layers_mismatched",  # complete, every span right, and still not the layer's digest
     # What went wrong.
     "retries",
+    "circuits_opened",  # hosts that failed some times in a row, and were left alone from then on
     "failures",  # spans whose waiters were told that they cannot have them
     "budget_exceeded",  # of these, how many because the read's time was up
     "digest_mismatches",
@@ -57,6 +58,7 @@ COUNTERS = (
 
 GAUGES = (
     "layers_open",
+    "hosts_away",  # hosts left alone at the moment
     "cache_bytes",  # on disk, at the last look
     "readers",
     "spans_under_way",

@@ -1,6 +1,6 @@
 """Starts transfers when there is room for them.
 
-Room means a free thread, memory, and for the background what the link leaves. Readers and read-ahead have threads
+Room means a host that answers (`hosts.py`), a free thread, memory, and for the background what the link leaves. Readers and read-ahead have threads
 of their own, so that they never queue behind the background; read-ahead may use half of them. A thread has a
 connection for itself while it reads; idle ones are shared, so that a reader finds a warm one.
 
@@ -18,14 +18,16 @@ from pathlib import Path
 
 import trio
 
-from snapshotter.errors import SpanDigestMismatch
+from snapshotter.errors import RegistryUnavailable, SpanDigestMismatch
 from snapshotter.fetch import pipeline
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.flight import Flight, Stage
+from snapshotter.fetch.hosts import Hosts
 from snapshotter.fetch.landing import Landing
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.link import BESIDE_SECONDS
 from snapshotter.fetch.memory import Buffers
+from snapshotter.fetch.options import EIO
 from snapshotter.fetch.pipeline import Outcome
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.recovery import Recovery
@@ -45,6 +47,10 @@ CUT_BYTES = 256 * 1024
 """A reader may have to wait for so much of a range in front of its span, however slow the link: below this a
 new request is hardly faster. No measurement behind it."""
 
+HOSTS_AT_ONCE = 4
+"""Hosts that may be slow at once, each with all of its connections, before the layers of another wait. Nobody has
+been seen to pull from more."""
+
 IDLE_SECONDS = 5.0
 """Time without a transfer after which memory is given back; a program that starts does not pause so long."""
 
@@ -57,11 +63,12 @@ class Downloads:
         self._sources = sources
         self._landing = landing
         self._space = space
+        self._hosts = Hosts(context, self.pump)
         self.recovery = Recovery(context, sources, landing, self.pump)
         options = context.options
         token = trio.lowlevel.current_trio_token()
         self._pools = {
-            False: WorkerPool("get", options.on_demand_connections, token),
+            False: WorkerPool("get", options.on_demand_connections * HOSTS_AT_ONCE, token),
             True: WorkerPool("background-get", options.background_connections, token),
         }
         timeouts = Timeouts(
@@ -78,12 +85,15 @@ class Downloads:
         self._buffers = Buffers(options.memory_bytes)
         self._reserved = 0
         self._idle_since = 0.0
+        self._refusing = False
         self._quiet_timer = 0.0
         self._background_at = 0.0
         """When the next background range may start, by the cap on their rate."""
 
     def pump(self) -> None:
         """Start every transfer that there is room for. Cheap when there is nothing to do."""
+        if self._context.options.unreachable == EIO and not self._refusing:
+            self._refuse_readers()
         while self._start_for_readers():
             pass
         while self._start_background():
@@ -117,7 +127,8 @@ class Downloads:
 
     def reachable(self, layer: ActiveLayer) -> bool:
         """Say whether what is given up of `layer` could be fetched again now."""
-        return layer.source.source is not None
+        source = layer.source.source
+        return source is not None and not self._hosts.is_away(source.host)
 
     def stop(self, layer: ActiveLayer) -> None:
         """The layer is closed: its transfers end with the span that is arriving."""
@@ -131,12 +142,12 @@ class Downloads:
     def _start_for_readers(self) -> bool:
         limit = self._room(self._context.options.memory_bytes)
         busy = [one.priority for one in self._transfers if not one.background and not one.ended]
-        size = self._pools[False].size
-        if limit is None or len(busy) >= size:
+        size = self._context.options.on_demand_connections
+        if limit is None or len(busy) >= self._pools[False].size:
             return False
-        batch = self._context.schedule.take(Priority.ON_DEMAND, limit, self._has_source)
+        batch = self._context.schedule.take(Priority.ON_DEMAND, limit, self._may_read)
         if batch is None and busy.count(Priority.AHEAD) < max(size // 2, 1):
-            batch = self._context.schedule.take(Priority.AHEAD, limit, self._has_source)
+            batch = self._context.schedule.take(Priority.AHEAD, limit, self._may_read)
         if batch is None:
             return False
         self._start(batch)
@@ -175,12 +186,33 @@ class Downloads:
             return largest
         return min(budget - self._reserved, largest) if budget > self._reserved else None
 
-    def _has_source(self, digest: str) -> bool:
-        return self._sources.usable(self._context.layers[Digest(digest)]) is not None
+    def _may_read(self, digest: str) -> bool:
+        source = self._sources.usable(self._context.layers[Digest(digest)])
+        if source is None:
+            return False
+        busy = sum(
+            not one.background and not one.ended and one.host == source.host for one in self._transfers
+        )
+        return busy < self._context.options.on_demand_connections and self._hosts.allows(source.host)
 
     def _may_background(self, digest: str) -> bool:
         layer = self._context.layers[Digest(digest)]
-        return layer.rest_until <= trio.current_time() and self._sources.usable(layer) is not None
+        if layer.rest_until > trio.current_time():
+            return False
+        source = self._sources.usable(layer)
+        return source is not None and self._hosts.allows(source.host)
+
+    def _refuse_readers(self) -> None:
+        """Fail the reads whose layer cannot be reached, as the policy `eio` has it."""
+        self._refusing = True
+        for layer in list(self._context.layers.values()):
+            source = layer.source.source
+            if self._hosts.is_away(source.host) if source is not None else self._sources.is_away(layer):
+                error = RegistryUnavailable(f"layer {layer.digest} cannot be reached at the moment")
+                for flight in layer.flights:
+                    if flight.waiters and flight.stage in (Stage.QUEUED, Stage.PAUSED):
+                        self._landing.failed(layer, flight, error)
+        self._refusing = False
 
     def _reader_bytes(self) -> int:
         """Return how many bytes are on their way to readers and read-ahead."""
@@ -286,6 +318,10 @@ class Downloads:
         self._count_bytes()
         self._context.link.ended(trio.current_time(), reader=not transfer.background)
         transfer.ended = True
+        if outcome is None or transfer.received:
+            self._hosts.answered(transfer.host)
+        else:
+            self._hosts.failed(transfer.host, outcome)
         missed = transfer.undelivered()
         for flight in missed:
             del self._under_way[flight]

@@ -113,6 +113,7 @@ class Fetcher:
     def leave_clean(self) -> None:
         """Write down what is to be found at the next start, and close every layer. Ends all use."""
         for layer in self._context.layers.values():
+            self._context.schedule.remove_layer(layer.digest)  # a transfer that ends now starts no other
             try:
                 trace.append(layer.files.paths.trace, layer.trace.take_unsaved())
             except OSError as error:

@@ -15,6 +15,10 @@ _MAY_BE_ZERO = frozenset(
 )
 
 
+WAIT, EIO = "wait", "eio"
+"""A read waits for its budget, or fails at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Limits of one fetcher. Sizes are bytes, times seconds."""
@@ -41,6 +45,8 @@ class Options:
     """How often one flight asks for a new source when the old one is refused."""
     connect_timeout_s: float = 3.0
     read_timeout_s: float = 10.0
+    unreachable: str = WAIT
+    """What becomes of reads while no source of their layer can be reached: `wait` or `eio`."""
     range_timeout_s: float = 300.0
     """The longest that one request for a range may take."""
     background_pause_s: float = 30.0
@@ -56,6 +62,10 @@ class Options:
     """Stands in for the kernel's boot id; empty: the kernel's."""
 
     def __post_init__(self) -> None:
+        if self.unreachable not in {WAIT, EIO}:
+            raise ConfigError(
+                f"fetcher option unreachable is {self.unreachable!r}; it can be {WAIT} or {EIO}"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < (0 if field.name in _MAY_BE_ZERO else 1):

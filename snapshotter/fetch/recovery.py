@@ -1,6 +1,6 @@
 """What becomes of a span that did not come: again, later, from elsewhere, or not at all.
 
-    temporary error        again after a while, as long as the policy has attempts left
+    temporary error        again after a while, for as long as the budget of a read lasts
     credentials refused    again when the daemon has found out anew where the blob is
     wrong digest           again, a few times: something between the registry and us may have been at fault
     any of these           at once, from the next host, when the bytes came, or did not come, from a mirror
@@ -141,8 +141,9 @@ class Recovery:
         else:
             delay = None
             if isinstance(error, RegistryError):
-                flight.attempts += 1
-                delay = self._context.policy.delay(flight.attempts, error)
+                policy = self._context.policy
+                flight.attempts = min(flight.attempts + 1, policy.attempts - 1)
+                delay = policy.delay(flight.attempts, error)
             if delay is None:
                 self._landing.failed(layer, flight, error)
                 return

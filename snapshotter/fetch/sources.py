@@ -3,7 +3,7 @@
 The fetcher has no credentials and follows no redirects: the daemon does, and hands out a URL that is good
 until its host says 401 or 403, or, when a mirror gave it, until it fails or lies: then there is somebody else to
 ask, and the daemon knows whom. While a layer has no source its spans stay in the schedule; their readers'
-budgets go on running.
+budgets go on running; as long as there are some, a question that may yet be answered is asked again and again.
 
 Concurrency: the main loop only.
 """
@@ -18,6 +18,7 @@ import trio
 from snapshotter.errors import RegistryError, RegistryRefused, RegistryUnavailable
 from snapshotter.fetch import control
 from snapshotter.fetch.context import Context
+from snapshotter.fetch.hosts import PATIENCE
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.registry.source import BlobSource
 
@@ -78,14 +79,22 @@ class Sources:
         state.failures += 1
         self._context.counters.add("source_errors")
         problem = RegistryUnavailable(error) if temporary else RegistryRefused(error)
-        delay = self._context.policy.delay(state.failures, problem)
-        if delay is None:
+        policy = self._context.policy
+        delay = policy.delay(min(state.failures, policy.attempts - 1), problem)
+        if delay is None or (state.failures >= policy.attempts and not self._is_awaited(layer)):
             log.warning("no source for layer", extra={"layer": layer.digest, "reason": error})
             state.failures = 0
             self._on_failure(layer, problem)
             return
         state.not_before = trio.current_time() + delay
         self._context.timers.at(state.not_before, self._on_change)
+
+    def is_away(self, layer: ActiveLayer) -> bool:
+        """Say whether it could not be found out for a while where the blob is."""
+        return layer.source.source is None and layer.source.failures >= PATIENCE
+
+    def _is_awaited(self, layer: ActiveLayer) -> bool:
+        return any(flight.waiters for flight in layer.flights)
 
     def _ask(self, layer: ActiveLayer, *, renew: bool) -> None:
         if not layer.source.asked:

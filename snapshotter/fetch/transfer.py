@@ -47,6 +47,7 @@ class Transfer:
         """Of the source that it uses."""
         self.mirror = "" if layer.source.source is None else layer.source.source.mirror
         """The mirror that gave that source; empty for the registry itself."""
+        self.host = layer.source.source.host if layer.source.source is not None else ""
         self.counted = 0
         """Bytes that the link's estimate and the counters know of."""
         self.admitted = 0

@@ -69,10 +69,21 @@ class HostStatistics:
 
 
 class Circuits:
-    """The circuits of all hosts. `clock` gives seconds."""
+    """The circuits of all hosts. `clock` gives seconds.
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    So many failures in a row as `patience` says open a circuit, for `longest_rest` seconds at the most.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        patience: int = 1,
+        longest_rest: float = LONGEST_REST,
+    ) -> None:
         self._clock = clock
+        self._patience = patience
+        self._longest_rest = longest_rest
         self._circuits: OrderedDict[str, _Circuit] = OrderedDict()
 
     def allows(self, host: str) -> bool:
@@ -103,8 +114,9 @@ class Circuits:
             rest = min(LIAR_REST * 2.0 ** min(circuit.lies, 16), LONGEST_LIAR_REST)
             circuit.lies += 1
             circuit.distrusted_until = self._clock() + rest
-        else:
-            rest = min(FIRST_REST * 2.0 ** min(circuit.failures - 1, 16), LONGEST_REST)
+        elif circuit.failures >= self._patience:
+            doublings = min(circuit.failures - self._patience, 16)
+            rest = min(FIRST_REST * 2.0**doublings, self._longest_rest)
             circuit.closed_at = self._clock() + rest
         return circuit.failures
 

@@ -84,6 +84,12 @@ class FetchConfig:
     inflight_max_bytes: int = value(
         64 * MIB, "Memory for spans being fetched and inflated.", unit="bytes", minimum=MIB
     )
+    unreachable: str = value(
+        "wait",
+        "What a read does while the registry of its layer does not answer: wait, up to [fuse] read_budget_sec, or eio: "
+        "fail at once, as soon as the registry has failed some times in a row.",
+        choices=("wait", "eio"),
+    )
     background: bool = value(
         True, "Fetch what nobody has asked for yet (as the reference's [background_fetch] disable = false)."
     )
