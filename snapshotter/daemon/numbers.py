@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.phases import Phase, Phases, Timings
-from snapshotter.daemon.provider import Provider
+from snapshotter.daemon.provider import REASONS, Provider
 from snapshotter.daemon.reference_metrics import LayerNumbers
 from snapshotter.daemon.totals import Totals
 from snapshotter.errors import InvalidLayerFile
@@ -80,7 +80,7 @@ class Numbers:
 
     def fallbacks(self) -> Mapping[str, int]:
         """Return how often a layer was not lazy, by reason."""
-        return dict(self._provider.fallbacks)
+        return dict.fromkeys(REASONS, 0) | self._provider.fallbacks
 
     def phases(self) -> Mapping[Phase, Timings]:
         """Return how long the steps of cold starts took."""

@@ -68,6 +68,13 @@ _RESTORE_PATIENCE_S = 20.0
 """How long a start waits for the fetcher; it is not needed for layers that are there already, and comes later then."""
 
 
+REASONS = (
+    "missing-labels", "not-lazy", "no-index", "index-failed", "no-ztoc", "unsupported-layer", "corrupt-data",
+    "registry-failed", "timeout", "process-failed", "mount-failed", "unpack-failed",
+)  # fmt: skip
+"""Why a layer may not be lazy, in the words of the metric."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the labels of a Prepare say."""
@@ -373,6 +380,7 @@ class Provider:
         return Usage(sum(found.values()), len(found))
 
     def _count(self, reason: str) -> None:
+        assert reason in REASONS
         self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
 
     def _deferred(self, reason: str, request: LayerRequest, why: object) -> Deferred:
