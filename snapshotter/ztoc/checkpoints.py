@@ -54,14 +54,18 @@ class CheckpointScanner:
         self._inflater = BlockInflater(backend)
         # The head of a buffer has the end of the output before it, so that a window is one slice.
         self._buffers = [bytearray(WINDOW_SIZE + OUTPUT_SIZE) for _ in range(2)]
-        self._output = self._buffers[0]
+        self._rooms = [(ctypes.c_char * OUTPUT_SIZE).from_buffer(one, WINDOW_SIZE) for one in self._buffers]
         self._output_start = 0
-        """Stream offset of the first byte of output in the current buffer, behind its head."""
+        """Stream offset of the first byte of output in the current buffer, the first one, behind its head."""
+        self._room_end = 0
+        """How much of the current buffer the inflater may fill."""
         self._input_start = 0
         self._next_point = 0
         """The least output offset of the next checkpoint."""
+        self._seeking = True
+        """Whether the inflater has to stop at borders."""
         self._member_ended = False
-        self._direct_output()
+        self._give_room(0)
 
     def __enter__(self) -> Self:
         return self
@@ -85,12 +89,13 @@ class CheckpointScanner:
             if self._member_ended:
                 inflater.next_member()
                 self._member_ended = False
-            stop = inflater.run()
-            if stop is Stop.BORDER and self._output_position >= self._next_point:
+            stop = inflater.run(borders=self._seeking)
+            if stop is Stop.BORDER and self._position >= self._next_point:
                 points.append(self._point(self._input_start + len(data) - inflater.input_left))
+                self._give_room(self._used)
             self._member_ended = stop is Stop.MEMBER_END
             if not inflater.room_left:
-                self._turn_buffers()
+                self._take_output()
             elif stop is Stop.STARVED:
                 break
         self._input_start += len(data)
@@ -103,29 +108,47 @@ class CheckpointScanner:
         """
         if not self._member_ended:
             raise InvalidTar(f"gzip stream ends at {self._input_start}, in the middle of a member")
-        used = OUTPUT_SIZE - self._inflater.room_left
-        self._sink(memoryview(self._output)[WINDOW_SIZE : WINDOW_SIZE + used])
+        self._sink(memoryview(self._buffers[0])[WINDOW_SIZE : WINDOW_SIZE + self._used])
 
     @property
-    def _output_position(self) -> int:
-        return self._output_start + OUTPUT_SIZE - self._inflater.room_left
+    def _used(self) -> int:
+        """Bytes of output in the current buffer."""
+        return self._room_end - self._inflater.room_left
+
+    @property
+    def _position(self) -> int:
+        return self._output_start + self._used
 
     def _point(self, compressed_in: int) -> Point:
-        out = self._output_position
+        out = self._position
         self._next_point = out + self._span_size + 1
-        end_of_window = WINDOW_SIZE + out - self._output_start
-        window = bytes(memoryview(self._output)[end_of_window - WINDOW_SIZE : end_of_window])
+        end_of_window = WINDOW_SIZE + self._used
+        window = bytes(memoryview(self._buffers[0])[end_of_window - WINDOW_SIZE : end_of_window])
         return Point(compressed_in, out, self._inflater.unused_bits, window)
 
+    def _take_output(self) -> None:
+        """Go on where the room has been filled."""
+        used = self._used
+        if used == OUTPUT_SIZE:
+            self._turn_buffers()
+            used = 0
+        self._give_room(used)
+
     def _turn_buffers(self) -> None:
-        full = memoryview(self._output)
+        full = memoryview(self._buffers[0])
         self._sink(full[WINDOW_SIZE:])
         self._buffers.reverse()
-        self._output = self._buffers[0]
-        self._output[:WINDOW_SIZE] = full[-WINDOW_SIZE:]
+        self._rooms.reverse()
+        self._buffers[0][:WINDOW_SIZE] = full[-WINDOW_SIZE:]
         self._output_start += OUTPUT_SIZE
-        self._direct_output()
 
-    def _direct_output(self) -> None:
-        room = (ctypes.c_char * OUTPUT_SIZE).from_buffer(self._output, WINDOW_SIZE)
-        self._inflater.set_output(ctypes.addressof(room), OUTPUT_SIZE)
+    def _give_room(self, used: int) -> None:
+        """Let the inflater go on behind `used` bytes of the current buffer.
+
+        It stops a byte before the next checkpoint may be: a border right there would else have been passed when it
+        stops for want of room.
+        """
+        short = self._next_point - 1 - self._output_start - used
+        self._seeking = short <= 0
+        self._room_end = OUTPUT_SIZE if self._seeking else min(used + short, OUTPUT_SIZE)
+        self._inflater.set_output(ctypes.addressof(self._rooms[0]) + used, self._room_end - used)
