@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 
 from snapshotter.errors import InvalidZtoc
+from snapshotter.heap import without_collector
 from snapshotter.units import Digest, parse_digest
 from snapshotter.ztoc.entries import read_entries
 from snapshotter.ztoc.flatbuffers import Table
@@ -41,7 +42,11 @@ def parse(data: Buffer) -> Ztoc:
 
     The value holds no reference to `data`.
     """
-    data = bytes(data)
+    with without_collector():
+        return _parse(bytes(data))
+
+
+def _parse(data: bytes) -> Ztoc:
     root = Table.root(data, "zTOC")
     compressed_size, uncompressed_size = root.scalar(2, "q"), root.scalar(3, "q")
     if compressed_size < 0 or uncompressed_size < 0:

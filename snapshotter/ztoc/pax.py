@@ -24,8 +24,9 @@ _SPARSE_OFFSET = b"GNU.sparse.offset"
 _SPARSE_LENGTH = b"GNU.sparse.numbytes"
 
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
-_FRACTION = re.compile(rb"[0-9]*")
 _INT64_MAX = (1 << 63) - 1
+_SAFE_DIGITS = 18
+"""Any number of as many digits fits 64 bits."""
 
 
 def parse_records(payload: bytes) -> dict[bytes, bytes]:
@@ -75,6 +76,8 @@ def integer(value: bytes, what: object) -> int:
 
 
 def _integer_or_none(value: bytes) -> int | None:
+    if len(value) <= _SAFE_DIGITS and value.isdigit():
+        return int(value)
     # The length is looked at first: Python refuses to convert absurdly long digit strings.
     if not _INTEGER.fullmatch(value):
         return None
@@ -92,9 +95,9 @@ def time(value: bytes, what: object) -> tuple[int, int]:
     """
     whole, _, fraction = value.partition(b".")
     seconds = integer(whole, what)
-    if not _FRACTION.fullmatch(fraction):
+    if fraction and not fraction.isdigit():
         raise InvalidTar(f"PAX header: {what} is not a time: {value[:40]!r}")
-    nanoseconds = int(fraction[:9].ljust(9, b"0"))
+    nanoseconds = int(fraction[:9].ljust(9, b"0")) if fraction else 0
     if nanoseconds and whole.startswith(b"-"):
         return seconds - 1, 1_000_000_000 - nanoseconds
     return seconds, nanoseconds

@@ -7,6 +7,7 @@ digests and the tables that hold them.
 
 from __future__ import annotations
 
+from snapshotter.heap import without_collector
 from snapshotter.ztoc.flatbuffers import U32_SIZE, Shape, Writer
 from snapshotter.ztoc.model import Algorithm, CompressionInfo, FileEntry, Ztoc
 
@@ -57,6 +58,11 @@ def serialize(ztoc: Ztoc) -> bytes:
 
 def serialize_with_offset(ztoc: Ztoc) -> tuple[bytes, int]:
     """Return the zTOC as bytes, and the position of the zinfo blob in them."""
+    with without_collector():
+        return _serialize(ztoc)
+
+
+def _serialize(ztoc: Ztoc) -> tuple[bytes, int]:
     writer = Writer()
     version = writer.string(_text(ztoc.version))
     build_tool = writer.string(_text(ztoc.build_tool))
@@ -72,18 +78,9 @@ def serialize_with_offset(ztoc: Ztoc) -> tuple[bytes, int]:
 
 
 def _add_file(writer: Writer, entry: FileEntry) -> int:
-    string = writer.string
-    name = string(entry.name)
-    kind = string(entry.kind.encode())
-    linkname = string(entry.linkname)
-    uname = string(entry.uname)
-    gname = string(entry.gname)
-    mod_time = string(_text(entry.mod_time))
-    pax = writer.offsets(
-        [writer.table(_PAX_RECORD, (string(key), string(value))) for key, value in sorted(entry.pax)]
-        if entry.pax
-        else ()
-    )
+    texts = (entry.name, entry.kind.encode(), entry.linkname, entry.uname, entry.gname, _text(entry.mod_time))
+    name, kind, linkname, uname, gname, mod_time = writer.strings(texts)
+    pax = writer.offsets([writer.table(_PAX_RECORD, writer.strings(record)) for record in sorted(entry.pax)])
     return writer.table(
         _FILE,
         (
@@ -107,7 +104,7 @@ def _add_file(writer: Writer, entry: FileEntry) -> int:
 
 def _add_compression(writer: Writer, info: CompressionInfo) -> tuple[int, int]:
     zinfo = writer.byte_vector(info.zinfo)
-    digests = writer.offsets([writer.string(digest.encode()) for digest in info.span_digests])
+    digests = writer.offsets(writer.strings([digest.encode() for digest in info.span_digests]))
     table = writer.table(_COMPRESSION_INFO, (info.max_span_id, digests, zinfo, info.algorithm))
     return table, zinfo
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from snapshotter.errors import InvalidTar, UnsupportedLayer
+from snapshotter.heap import without_collector
 from snapshotter.ztoc import pax
 from snapshotter.ztoc.model import TAR_BLOCK, Buffer, FileEntry
 from snapshotter.ztoc.tarheader import Header, decode, rfc3339, text
@@ -30,8 +31,6 @@ _KINDS = {
 }
 
 _PSEUDO = frozenset({b"x", b"L", b"K"})
-_PAX_TIMES = (b"atime", b"ctime", b"mtime")
-_PAX_NUMBERS = (b"uid", b"gid", b"size")
 
 _ZEROS = bytes(TAR_BLOCK)
 _UINT32 = 0xFFFFFFFF
@@ -59,7 +58,10 @@ class TarScanner:
 
     def feed(self, chunk: Buffer) -> None:
         """Take the next bytes of the stream; they are not kept. Raises InvalidTar or UnsupportedLayer."""
-        view = memoryview(chunk)
+        with without_collector():
+            self._feed(memoryview(chunk))
+
+    def _feed(self, view: memoryview) -> None:
         size = len(view)
         at = 0
         while at < size and not self._ended:
@@ -210,19 +212,34 @@ class _HeaderRegion:
 
     def _merge(self, header: Header, end: int) -> FileEntry | None:
         """Complete a header with what stood before it. An empty PAX value leaves the field as it is."""
-        records = {key: value for key, value in self._records.items() if value}
-        times = {key: pax.time(records[key], key) for key in _PAX_TIMES if key in records}
-        numbers = {key: pax.integer(records[key], key) for key in _PAX_NUMBERS if key in records}
-        merged = header._replace(
-            name=self._long_name or records.get(b"path", header.name),
-            linkname=self._long_link or records.get(b"linkpath", header.linkname),
-            uname=records.get(b"uname", header.uname),
-            gname=records.get(b"gname", header.gname),
-            uid=numbers.get(b"uid", header.uid),
-            gid=numbers.get(b"gid", header.gid),
-            size=numbers.get(b"size", header.size),
-        )
-        return self._entry(merged, rfc3339(*times.get(b"mtime", (header.mtime, 0))), end)
+        flag, name, linkname, size, mtime, mode, uid, gid, uname, gname, major, minor = header
+        mod_time = (mtime, 0)
+        for key, value in self._records.items():
+            if not value:
+                continue
+            match key:
+                case b"mtime":
+                    mod_time = pax.time(value, key)
+                case b"atime" | b"ctime":
+                    pax.time(value, key)
+                case b"path":
+                    name = value
+                case b"linkpath":
+                    linkname = value
+                case b"uname":
+                    uname = value
+                case b"gname":
+                    gname = value
+                case b"uid":
+                    uid = pax.integer(value, key)
+                case b"gid":
+                    gid = pax.integer(value, key)
+                case b"size":
+                    size = pax.integer(value, key)
+        name, linkname = self._long_name or name, self._long_link or linkname
+        owner = uid, gid, uname, gname
+        merged = Header(flag, name, linkname, size, mtime, mode, *owner, major, minor)
+        return self._entry(merged, rfc3339(*mod_time), end)
 
     def _entry(self, header: Header, mod_time: str, end: int) -> FileEntry | None:
         kind = _KINDS[header.flag]

@@ -82,7 +82,7 @@ def decode(block: bytes) -> Header:
 
 @lru_cache(maxsize=1024)
 def _ids(fields: bytes) -> tuple[int, int, int]:
-    """Return mode, uid and gid; cached, as are the owner fields, because few differ from entry to entry."""
+    """Return mode, uid and gid; cached, as other fields are, because few differ from entry to entry."""
     return number(fields[:8]), number(fields[8:16]), number(fields[16:])
 
 
@@ -97,6 +97,7 @@ def text(field: bytes) -> bytes:
     return field.partition(b"\0")[0]
 
 
+@lru_cache(maxsize=4096)
 def number(field: bytes) -> int:
     """Return a numeric field: octal digits, or base-256 when the top bit is set. Raises InvalidTar."""
     if field[0] & 0x80:
@@ -110,8 +111,8 @@ def number(field: bytes) -> int:
 def _octal(field: bytes) -> int | None:
     """Return octal digits among spaces and NULs, none of them being 0; None for anything else."""
     digits = field.strip(b" \0")
-    if _OCTAL.fullmatch(digits):
-        return int(digits, 8)
+    if digits.isdigit():
+        return int(digits, 8) if _OCTAL.fullmatch(digits) else None
     digits = text(digits)
     if _OCTAL.fullmatch(digits):
         return int(digits, 8)
@@ -147,16 +148,21 @@ def _gnu_prefix(block: bytes, field: bytes) -> bytes:
 
 def _checksum_fits(block: bytes, field: bytes) -> bool:
     # The low half of an Adler-32 is 1 + the sum of the bytes mod 65521; half a block cannot reach
-    # that, so two of them give the exact sum at a fifth of the cost of sum(). The checksum's own
-    # bytes count as spaces.
-    expected = _octal(field)
+    # that, so two of them give the exact sum at a fifth of the cost of sum().
+    expected, excess = _checksum_field(field)
     halves = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    unsigned = halves - sum(field) + len(field) * 0x20
+    unsigned = halves - excess
     if unsigned == expected:
         return True
     # Some old writers summed signed characters.
     high = sum(byte > 0x7F for byte in block) - sum(byte > 0x7F for byte in field)
     return unsigned - 256 * high == expected
+
+
+@lru_cache(maxsize=8192)
+def _checksum_field(field: bytes) -> tuple[int | None, int]:
+    """Return the checksum in its field, and how much more the field adds to a sum than the spaces it stands for."""
+    return _octal(field), sum(field) - len(field) * 0x20
 
 
 @lru_cache(maxsize=4096)
