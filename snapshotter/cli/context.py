@@ -15,34 +15,25 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-import trio
-
-from snapshotter.cli.nursery import first_error
-from snapshotter.containerd.client import DEFAULT_ADDRESS, Containerd
+from snapshotter.containerd import DEFAULT_ADDRESS
 from snapshotter.errors import NotFound, UsageError
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.platform import host_platform, parse_platform
 from snapshotter.oci.reference import Reference
-from snapshotter.registry.client import RegistryClient
-from snapshotter.registry.hosts import Hosts, OwnHosts
-from snapshotter.registry.hostsfile import HostsDirectories
-from snapshotter.registry.keychain import (
-    Credentials,
-    DockerConfigKeychain,
-    Keychain,
-    StaticKeychain,
-)
-from snapshotter.registry.keychains import ChainKeychain
-from snapshotter.registry.mirrors import ConfiguredHosts
-from snapshotter.registry.tls import Trust
 from snapshotter.soci.artifacts import ArtifactDatabase
 from snapshotter.soci.content import ArtifactStore, ContentSource
 from snapshotter.soci.layout import OciLayout
 from snapshotter.soci.platforms import PlatformImage, find_images
 from snapshotter.soci.store import LayoutStore
 from snapshotter.units import Digest, parse_digest
+
+if TYPE_CHECKING:
+    from snapshotter.containerd.client import Containerd
+    from snapshotter.registry.client import RegistryClient
+    from snapshotter.registry.hosts import Hosts
+    from snapshotter.registry.keychain import Keychain
 
 DEFAULT_ROOT: Final = Path("/var/lib/soci-snapshotter-grpc")
 
@@ -95,6 +86,8 @@ class Context:
     def containerd(self) -> Containerd:
         """The client for --address and --namespace."""
         if self._containerd is None:
+            from snapshotter.containerd.client import Containerd
+
             options = self.arguments
             client = Containerd.connect(options.address, options.namespace, timeout=options.timeout)
             self._containerd = self._open.enter_context(client)
@@ -165,12 +158,19 @@ class Context:
 
     def registry(self, reference: Reference) -> RegistryClient:
         """Return a client for the registry of `reference`, to be entered; with --user and the options of its host."""
+        from snapshotter.registry.client import RegistryClient
+
         plain_http = self.arguments.plain_http or None
         return RegistryClient(
             keychain=self._keychain(reference), plain_http=plain_http, hosts=self._hosts(plain_http)
         )
 
     def _hosts(self, plain_http: bool | None) -> Hosts:
+        from snapshotter.registry.hosts import OwnHosts
+        from snapshotter.registry.hostsfile import HostsDirectories
+        from snapshotter.registry.mirrors import ConfiguredHosts
+        from snapshotter.registry.tls import Trust
+
         options = self.arguments
         if options.tlskey and not options.tlscert:
             raise UsageError("--tlskey: needs --tlscert, the certificate of that key")
@@ -206,6 +206,10 @@ class Context:
 
     def run(self, task: Callable[[], Awaitable[T]]) -> T:
         """Run an asynchronous command within --timeout. Raises the error that ended it, never a group."""
+        import trio
+
+        from snapshotter.cli.nursery import first_error
+
         limit = self.arguments.timeout
 
         async def limited() -> T:
@@ -220,6 +224,9 @@ class Context:
             raise first_error(group) from group
 
     def _keychain(self, reference: Reference) -> Keychain:
+        from snapshotter.registry.keychain import Credentials, DockerConfigKeychain, StaticKeychain
+        from snapshotter.registry.keychains import ChainKeychain
+
         user: str | None = self.arguments.user
         if user is None:
             return DockerConfigKeychain()

@@ -13,7 +13,6 @@ from snapshotter.cli.build_options import add_build, create_options
 from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context
 from snapshotter.cli.options import Commands, add_registry, add_remote
-from snapshotter.cli.remote import convert_in_registry
 from snapshotter.errors import NotFound, UsageError
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.media_types import MANIFEST_TYPES
@@ -57,6 +56,8 @@ def run(context: Context) -> None:
     """Convert an image where it is."""
     with BuildReport(context.arguments) as report:
         if context.is_remote:
+            from snapshotter.cli.remote import convert_in_registry
+
             target = destination(context.arguments.destination)
             wanted = functools.partial(wanted_platforms, context)
             _say(report, convert_in_registry(context, target, wanted, report))

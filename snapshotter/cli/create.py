@@ -10,7 +10,6 @@ from snapshotter.cli.build_options import add_build, create_options
 from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context, LocatedImage
 from snapshotter.cli.options import Commands, add_layout, add_registry, add_remote
-from snapshotter.cli.remote import create_in_registry
 from snapshotter.errors import NotFound
 from snapshotter.oci.descriptor import Platform
 from snapshotter.soci.content import ArtifactStore
@@ -38,6 +37,8 @@ def run(context: Context) -> None:
     options = create_options(arguments)
     with BuildReport(arguments) as report:
         if context.is_remote:
+            from snapshotter.cli.remote import create_in_registry
+
             create_in_registry(context, report)
             return
         with context.time_limit():

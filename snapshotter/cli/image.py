@@ -6,7 +6,6 @@ import argparse
 
 from snapshotter.cli.context import Context, digest_argument
 from snapshotter.cli.options import Commands, add_registry
-from snapshotter.cli.pull import PullOptions, pull
 from snapshotter.oci.platform import host_platform, parse_platform
 from snapshotter.oci.reference import Reference
 
@@ -31,6 +30,8 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
 
 def run(context: Context) -> None:
     """Pull, printing a line per step."""
+    from snapshotter.cli.pull import PullOptions, pull
+
     arguments = context.arguments
     reference = Reference.parse(arguments.reference)
     options = PullOptions(

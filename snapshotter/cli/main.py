@@ -1,5 +1,8 @@
 """The entry point of `soci`: global options, the list of commands, and how an error reaches the user.
 
+What talks to containerd and to registries takes longer to import than most commands run: a command's module imports
+it when the command is run.
+
 An error is one line on stderr and exit code 1; an interrupt is exit code 130. With --debug the traceback comes too.
 """
 
@@ -17,7 +20,7 @@ from typing import Any, Final, NoReturn
 from snapshotter import __version__
 from snapshotter.cli import convert, create, image, index, prefetch, push, rebuild, ztoc
 from snapshotter.cli.context import DEFAULT_ROOT, Context
-from snapshotter.containerd.client import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
+from snapshotter.containerd import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
 from snapshotter.errors import SnapshotterError, UsageError
 
 _COMMANDS: Final = (create, convert, push, rebuild, image, index, ztoc, prefetch)

@@ -9,6 +9,9 @@ from typing import TypeAlias
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
 """What `add_parser` of a command is given to add itself to; argparse has no public name for it."""
 
+DEFAULT_UPLOADS = 3
+"""At the same time."""
+
 
 class Several(argparse.Action):
     """An option that may be repeated, and may hold several values separated by commas."""

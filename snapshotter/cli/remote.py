@@ -17,7 +17,7 @@ import trio
 from snapshotter.cli.build_options import create_options
 from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context
-from snapshotter.cli.push import Publication, Push
+from snapshotter.cli.publish import Publication, Push
 from snapshotter.cli.remotecontent import RegistryContent
 from snapshotter.cli.transfer import Destination
 from snapshotter.heap import use_one_heap

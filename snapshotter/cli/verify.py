@@ -7,12 +7,9 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import trio
-
 from snapshotter.cli.context import Context
 from snapshotter.cli.options import Commands, add_json, add_layout, add_platforms, add_registry, add_remote
 from snapshotter.cli.output import print_json
-from snapshotter.cli.remotecontent import RegistryContent
 from snapshotter.errors import CorruptData, NotFound, RegistryError, UsageError
 from snapshotter.oci.media_types import SOCI_INDEX_V1
 from snapshotter.oci.reference import Reference
@@ -77,6 +74,10 @@ def run(context: Context) -> None:
 
 async def _in_registry(context: Context) -> list[_Verdict]:
     """Verify an image and its indices where they are: the one that its manifest points to, and its referrers."""
+    import trio
+
+    from snapshotter.cli.remotecontent import RegistryContent
+
     reference = Reference.parse(context.arguments.image)
     platforms = context.platforms()
     async with context.registry(reference) as registry:

@@ -2,3 +2,8 @@
 
 Synchronous; foreign errors are translated here once, and gRPC types do not leave this package.
 """
+
+from typing import Final
+
+DEFAULT_ADDRESS: Final = "/run/containerd/containerd.sock"
+DEFAULT_NAMESPACE: Final = "default"

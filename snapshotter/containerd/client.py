@@ -5,22 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Final, Self
 
-from snapshotter.api import introspection_pb2, leases_pb2, namespaces_pb2
-from snapshotter.api.introspection_pb2_grpc import IntrospectionStub
+from snapshotter.api import leases_pb2, namespaces_pb2
 from snapshotter.api.leases_pb2_grpc import LeasesStub
 from snapshotter.api.namespaces_pb2_grpc import NamespacesStub
+from snapshotter.containerd import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
 from snapshotter.containerd.connection import Connection
 from snapshotter.containerd.content import ContentStore
 from snapshotter.containerd.images import Images
 from snapshotter.containerd.snapshots import Apply, Mounts, Snapshots
 from snapshotter.errors import SnapshotterError
 from snapshotter.oci.descriptor import Descriptor
-
-DEFAULT_ADDRESS: Final = "/run/containerd/containerd.sock"
-DEFAULT_NAMESPACE: Final = "default"
 
 _LEASE_SECONDS: Final = 24 * 3600
 """As containerd's own clients: the longest a killed command keeps its remains from being collected."""
@@ -84,13 +81,6 @@ class Containerd:
     def apply(self, layer: Descriptor, mounts: Mounts) -> Apply:
         """Start unpacking `layer`, which is in the content store, onto `mounts`."""
         return Apply(self._connection, layer, mounts)
-
-    def plugin_exports(self, kind: str, name: str) -> Mapping[str, str]:
-        """Return what the plugin `kind`, `name` says about itself; nothing when there is no such plugin."""
-        stub = IntrospectionStub(self._connection.channel)
-        request = introspection_pb2.PluginsRequest(filters=[f"type=={kind},id=={name}"])
-        plugins = self._connection.call(stub.Plugins, request, f"plugin {kind} {name}").plugins
-        return dict(plugins[0].exports) if plugins else {}
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[Containerd]:

@@ -5,7 +5,10 @@ Concurrency: `ContentStore` may be used from any thread; an `Ingest` belongs to 
 
 from __future__ import annotations
 
+import io
+import os
 import queue
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Final, Self
@@ -14,9 +17,11 @@ import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from snapshotter.api import content_pb2 as pb
+from snapshotter.api import introspection_pb2
 from snapshotter.api.content_pb2_grpc import ContentStub
+from snapshotter.api.introspection_pb2_grpc import IntrospectionStub
 from snapshotter.containerd.connection import Connection
-from snapshotter.errors import AlreadyExists, CorruptData, NotFound
+from snapshotter.errors import AlreadyExists, CorruptData, NotFound, SnapshotterError
 from snapshotter.units import Digest, sha256_digest
 
 MESSAGE_SIZE: Final = 1 << 20
@@ -31,6 +36,9 @@ class ContentStore:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._stub = ContentStub(connection.channel)
+        self._lock = threading.Lock()
+        self._directory: str | None = None
+        """Where containerd keeps blobs as files; None until somebody asks."""
 
     def size(self, digest: Digest) -> int:
         """Return the number of bytes. Raises NotFound."""
@@ -71,8 +79,17 @@ class ContentStore:
         return data
 
     def chunks(self, digest: Digest) -> Iterator[bytes]:
-        """Yield the whole blob in pieces, not verified. Raises NotFound."""
-        return self._read(digest, 0, 0)
+        """Yield the whole blob in pieces, not verified. Raises NotFound.
+
+        From containerd's own file where that can be read here: over the socket a GB costs 2.4 s of processor time.
+        """
+        file = self._file(digest, self.size(digest))
+        if file is None:
+            yield from self._read(digest, 0, 0)
+            return
+        with file:
+            while piece := file.read(MESSAGE_SIZE):
+                yield piece
 
     def write(self, data: bytes, *, labels: Mapping[str, str] | None = None) -> Digest:
         """Store `data` unless it is there, set the labels in any case, and return the digest."""
@@ -112,6 +129,30 @@ class ContentStore:
 
     def _info(self, digest: Digest) -> pb.Info:
         return self._connection.call(self._stub.Info, pb.InfoRequest(digest=digest), f"content {digest}").info
+
+    def _file(self, digest: Digest, size: int) -> io.FileIO | None:
+        """Open containerd's own file of a blob; None where that cannot be had: as another user, in a container."""
+        with self._lock:
+            if self._directory is None:
+                self._directory = os.path.join(self._root(), "blobs")
+        try:
+            file = io.FileIO(os.path.join(self._directory, digest.replace(":", "/", 1)))
+        except OSError:
+            return None
+        if os.fstat(file.fileno()).st_size == size:
+            return file
+        file.close()
+        return None
+
+    def _root(self) -> str:
+        """Return where containerd says that its content is; what cannot have files in it when it does not say."""
+        stub = IntrospectionStub(self._connection.channel)
+        request = introspection_pb2.PluginsRequest(filters=["type==io.containerd.content.v1,id==content"])
+        try:
+            plugins = self._connection.call(stub.Plugins, request, "content plugin").plugins
+        except SnapshotterError:
+            return os.devnull
+        return plugins[0].exports.get("root", os.devnull) if plugins else os.devnull
 
     def _read(self, digest: Digest, offset: int, size: int) -> Iterator[bytes]:
         request = pb.ReadContentRequest(digest=digest, offset=offset, size=size)

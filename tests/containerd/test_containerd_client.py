@@ -187,10 +187,42 @@ def test_an_unknown_snapshotter_is_explained(containerd: Containerd) -> None:
         containerd.snapshots("nosuch").exists("name")
 
 
-def test_plugin_exports(server: Server, containerd: Containerd) -> None:
-    exports = containerd.plugin_exports("io.containerd.content.v1", "content")
-    assert exports["root"].startswith(str(server.directory))
-    assert containerd.plugin_exports("io.containerd.content.v1", "nosuch") == {}
+def test_a_blob_is_read_from_containerds_own_file(
+    containerd: Containerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(2 * MESSAGE_SIZE + 1)
+    digest = containerd.content.write(data)
+    monkeypatch.setattr(containerd.content._stub, "Read", None)
+    assert b"".join(containerd.content.chunks(digest)) == data
+
+
+@pytest.mark.parametrize("damage", ["absent", "of another size"])
+def test_a_blob_whose_file_cannot_be_had_comes_over_the_socket(
+    containerd: Containerd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+) -> None:
+    data = os.urandom(MESSAGE_SIZE + 1)
+    digest = containerd.content.write(data)
+    if damage == "of another size":
+        file = tmp_path / "blobs" / digest.replace(":", "/")
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data[1:])
+    monkeypatch.setattr(containerd.content, "_root", lambda: tmp_path)
+    assert b"".join(containerd.content.chunks(digest)) == data
+
+
+def test_a_containerd_that_does_not_say_where_its_content_is(
+    containerd: Containerd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = containerd.content.write(b"data")
+
+    def refused(*_: object) -> None:
+        raise SnapshotterError("no such service")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(containerd.content._connection, "call", refused)
+        root = containerd.content._root()
+    monkeypatch.setattr(containerd.content, "_root", lambda: root)
+    assert b"".join(containerd.content.chunks(digest)) == b"data"
 
 
 def test_a_missing_containerd_is_explained(tmp_path: Path) -> None:
