@@ -1,6 +1,6 @@
 """How fast indices are made: `python -m bench.indexing`, beside the reference's `soci` where that can be had.
 
-The reference is found by $REFERENCE_SOCI. It is run in a mount namespace of its own, because it keeps its state
+The reference is looked for in $REFERENCE_SOCI (a directory) and $PATH. It is run in a mount namespace of its own, because it keeps its state
 in one place of the host. Needs root. Each line is one figure as JSON; see docs/performance.md.
 
 Everything lives in one temporary directory, which goes with all processes and namespaces whatever happens.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import image as images
+from bench.contenders import Reference
 from bench.demo import orderly_end
 from bench.figures import Figure, summary
 from tests.support.containerd import Containerd, remove_directory
@@ -130,7 +131,7 @@ def _part(name: str, *arguments: str) -> dict[str, Any]:
 
 def _create(directory: Path, image: Image, tell: Tell) -> Figure:
     """Wall time of `soci create`, ours and the reference's by turns; each time with nothing known from before."""
-    reference = os.environ.get("REFERENCE_SOCI")
+    reference = Reference.program("soci") if Reference.available() else None
     env = {"DOCKER_CONFIG": str(directory)}
     registry = DockerRegistry(directory / "registry")
     containerd = Containerd(directory / "containerd", env=env)
@@ -160,7 +161,7 @@ def _create(directory: Path, image: Image, tell: Tell) -> Figure:
         ratio = statistics.median(ours) / statistics.median(theirs)
         detail["reference_s"] = theirs
     else:
-        detail["reason"] = "REFERENCE_SOCI does not name the reference's program"
+        detail["reason"] = "the reference is not on this machine (REFERENCE_SOCI)"
     return Figure("soci create, wall", "x reference", ratio, 0.33, detail=detail)
 
 
