@@ -16,7 +16,7 @@ SECONDS ?= 600
 SEED ?= 7
 CYCLES ?= 1000
 
-.PHONY: help setup system lint format test demo bench chaos fuzz leaks lock clean distclean
+.PHONY: help setup system lint format test demo bench chaos fuzz leaks deb lock clean distclean
 
 help:
 	@echo "make setup   system packages and .venv, from the lock files (idempotent)"
@@ -25,6 +25,7 @@ help:
 	@echo "make chaos   SECONDS=600 SEED=7: kills, broken registries and links under readers; ends with a line of JSON"
 	@echo "make fuzz    SECONDS=600: every parser of foreign bytes, guided by coverage; a line of JSON for each"
 	@echo "make leaks   CYCLES=1000: mount cycles and many reads; ends with a line of JSON"
+	@echo "make deb     the Debian package, into dist/"
 	@echo "make lint    format check, lint, types"
 	@echo "make format  rewrite to the house format"
 	@echo "make lock    choose the newest allowed versions again"
@@ -75,6 +76,9 @@ fuzz: setup
 
 leaks: setup
 	@$(BIN)/python -m tests.chaos.leaks --cycles $(CYCLES)
+
+deb: setup
+	@$(BIN)/python -m deb.build dist
 
 lock:
 	@test -x .cache/lock/bin/pip-compile || { $(PYTHON) -m venv .cache/lock && .cache/lock/bin/pip install --quiet pip-tools==7.6.2; }

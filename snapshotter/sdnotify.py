@@ -14,6 +14,7 @@ import array
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ class Notifier:
             f"STATUS={_one_line(status)}" if status else "",
             f"MAINPID={main_pid}" if main_pid is not None else "",
         )
+
+    def reloading(self) -> bool:
+        """Say that the configuration is being read again; `ready` ends that."""
+        return self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self, status: str = "") -> bool:
         """Say that the service is going down on purpose."""

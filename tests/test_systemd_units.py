@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 UNITS = ROOT / "systemd"
 DAEMON = "soci-snapshotter-grpc.service"
 HOLDER = "soci-snapshotter-holder.service"
+SOCKET = "soci-snapshotter-grpc.socket"
+TMPFILES = "soci-snapshotter.tmpfiles"
 PROGRAM = "/usr/local/bin/soci-snapshotter-grpc"
 DAEMON_MODULE = "snapshotter.daemon.main"
 
@@ -82,7 +84,7 @@ both = pytest.mark.parametrize("name", [DAEMON, HOLDER])
 
 
 def test_there_are_no_others() -> None:
-    assert sorted(path.name for path in UNITS.iterdir()) == [DAEMON, HOLDER]
+    assert sorted(path.name for path in UNITS.iterdir()) == sorted([DAEMON, HOLDER, SOCKET, TMPFILES])
 
 
 @both
@@ -113,10 +115,24 @@ def test_nothing_gains_privileges(name: str) -> None:
     assert unit(name)["Service"]["NoNewPrivileges"] == "yes"
 
 
+def test_the_socket_is_the_one_that_containerd_knows(daemon: configparser.ConfigParser) -> None:
+    socket = unit(SOCKET)["Socket"]
+    assert socket["ListenStream"] == DEFAULT_ADDRESS
+    assert (socket["SocketMode"], socket["DirectoryMode"]) == ("0660", "0700")
+    assert unit(SOCKET)["Install"]["WantedBy"] == "sockets.target"
+    assert daemon["Install"]["Also"] == SOCKET
+
+
 def test_the_directory_of_the_socket_survives_a_stop(daemon: configparser.ConfigParser) -> None:
-    assert daemon["Service"]["RuntimeDirectory"] == Path(DEFAULT_ADDRESS).parent.name
-    assert daemon["Service"]["RuntimeDirectoryMode"] == "0700"
-    assert daemon["Service"]["RuntimeDirectoryPreserve"] == "yes"
+    assert "RuntimeDirectory" not in daemon["Service"]
+    assert f"d {Path(DEFAULT_ADDRESS).parent} 0700 root root -" in (UNITS / TMPFILES).read_text().splitlines()
+
+
+def test_a_daemon_that_hangs_is_ended_with_a_trace(daemon: configparser.ConfigParser) -> None:
+    assert daemon["Service"]["WatchdogSec"] == "30s"
+    assert (
+        "WatchdogSignal" not in daemon["Service"]
+    )  # SIGABRT, on which Python's faulthandler prints all stacks
 
 
 @both
@@ -145,7 +161,7 @@ def test_the_holder_is_started_with_the_daemon_and_never_stopped_with_it(
     daemon: configparser.ConfigParser, holder: configparser.ConfigParser
 ) -> None:
     assert daemon["Unit"]["Wants"] == HOLDER
-    assert HOLDER in daemon["Unit"]["After"].split()
+    assert {HOLDER, SOCKET} <= set(daemon["Unit"]["After"].split())
     assert holder["Unit"]["Before"] == DAEMON
     binding = {
         "Requires",
@@ -156,7 +172,8 @@ def test_the_holder_is_started_with_the_daemon_and_never_stopped_with_it(
         "Conflicts",
         "PropagatesStopTo",
     }
-    assert not binding & (daemon["Unit"].keys() | holder["Unit"].keys())
+    assert daemon["Unit"]["Requires"] == SOCKET
+    assert not (binding - {"Requires"}) & (daemon["Unit"].keys() | holder["Unit"].keys())
 
 
 def test_the_holder_may_store_descriptors_of_thousands_of_mounts(holder: configparser.ConfigParser) -> None:
@@ -189,7 +206,7 @@ def test_it_runs_the_console_script_that_the_package_installs(name: str) -> None
     program, *arguments = unit(name)["Service"]["ExecStart"].split()
     assert program == PROGRAM
     assert scripts[Path(program).name] == f"{DAEMON_MODULE}:main"
-    assert arguments == (["holder"] if name == HOLDER else [])
+    assert arguments == (["holder"] if name == HOLDER else ["--address", "fd://"])
 
 
 if importlib.util.find_spec(DAEMON_MODULE):  # composed after everything else
@@ -206,7 +223,7 @@ if shutil.which("systemd-analyze"):  # the tests above hold without it, too
     @pytest.fixture
     def installed(tmp_path: Path) -> Path:
         """The units as they would be installed, with a program that exists."""
-        for name in (DAEMON, HOLDER):
+        for name in (DAEMON, HOLDER, SOCKET):
             (tmp_path / name).write_text((UNITS / name).read_text().replace(PROGRAM, "/bin/true"))
         return tmp_path
 
@@ -215,7 +232,7 @@ if shutil.which("systemd-analyze"):  # the tests above hold without it, too
             "systemd-analyze",
             "verify",
             "--man=no",
-            *(f"{installed}/{name}" for name in (DAEMON, HOLDER)),
+            *(f"{installed}/{name}" for name in (DAEMON, HOLDER, SOCKET)),
         ]
         result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         assert result.stdout + result.stderr == ""

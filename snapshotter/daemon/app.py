@@ -1,7 +1,9 @@
 """The composition root: makes every part, hands each what it needs, and runs them in order.
 
     root lock -> former generation gone -> holder -> zygote, fetcher, keeper -> start-up test
-      -> mounts restored (no network) -> gRPC, /metrics, status -> ready
+      -> mounts restored (no network) -> gRPC, /metrics, status -> ready, watchdog
+
+SIGHUP reads the configuration again (daemon/reloading.py).
 
 Everything ends when the process does: mounts stay (the holder has their descriptors), servers, fetcher and
 zygote end with this generation.
@@ -15,22 +17,22 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 
 import grpc
 import trio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
-from snapshotter import __version__
+from snapshotter import __version__, logs
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
-from snapshotter.daemon import generation, selftest, web
+from snapshotter.daemon import generation, inherited, reloading, selftest, watchdog, web
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
-from snapshotter.daemon.config import Config
+from snapshotter.daemon.config import Config, Settings
 from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
@@ -53,7 +55,7 @@ from snapshotter.fuse.mountpoint import MountSpec
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.retry import RetryPolicy, Timeouts
-from snapshotter.sdnotify import Notifier
+from snapshotter.sdnotify import Notifier, watchdog_interval
 from snapshotter.snapshot.directories import metadata_path
 from snapshotter.snapshot.lock import RootLock
 from snapshotter.snapshot.snapshotter import Snapshotter
@@ -62,6 +64,9 @@ from snapshotter.snapshot.store import SnapshotStore
 _log = logging.getLogger(__name__)
 
 HOLDER_SOCKET = "holder.sock"
+
+_GRPC_SOCKET = "grpc.sock"
+"""In the root: where gRPC listens when systemd has the socket that containerd knows."""
 
 _GRPC_THREADS = 32
 """containerd prepares one layer of an image after another; this is how many images may be pulled at once."""
@@ -73,11 +78,13 @@ _HOLDER_WAIT_S = 1.0
 class App:
     """The daemon on one root."""
 
-    def __init__(self, config: Config, root: Path, address: Path, log_level: str) -> None:
+    def __init__(self, settings: Settings, config: Config) -> None:
+        self._settings = settings
         self._config = config
-        self._root = root
-        self._address = address
-        self._log_level = log_level
+        self._root = root = settings.root
+        self._address = settings.address.path or root / _GRPC_SOCKET
+        self._log_level = settings.log_level or config.log_level
+        self._inherited: socket.socket | None = None
         self._phases = Phases()
         self._numbers: Numbers
         self._hosts = configured_hosts(config)
@@ -90,6 +97,8 @@ class App:
         """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError, also in groups."""
         if len(os.fsencode(self._root / SOCKET_NAME)) > PATH_MAX:
             raise ConfigError(f"--root: its path is too long for the sockets in it: {str(self._root)!r}")
+        if self._settings.address.is_inherited:
+            self._inherited = inherited.take_listener()
         with ExitStack() as cleanup:
             cleanup.enter_context(RootLock(self._root))
             self._root.chmod(0o700)
@@ -108,10 +117,13 @@ class App:
                 await self._run(client, holder, lock, cleanup)
 
     async def _run(self, client: RegistryClient, holder: HolderClient, lock: int, cleanup: ExitStack) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 await self._start(client, holder, lock, cleanup, nursery)
                 async for number in signals:
+                    if number == signal.SIGHUP:
+                        await self._reload()
+                        continue
                     _log.info("ending; mounts stay", extra={"signal": signal.Signals(number).name})
                     Notifier.from_environ().stopping()
                     break
@@ -157,11 +169,45 @@ class App:
         self._serve_metrics(cleanup)
         nursery.start_soon(status.serve, root / SOCKET_NAME)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
-        Notifier.from_environ().ready()
+        if self._inherited is not None:
+            nursery.start_soon(inherited.forward, self._inherited, self._address)
+        notifier = Notifier.from_environ()
+        notifier.ready()
+        health = watchdog.Health(self._address, store.last_id)
+        nursery.start_soon(watchdog.watch, health, notifier, watchdog_interval())
         _log.info(
             "ready",
-            extra={"address": str(self._address), "version": __version__, "mounts": len(self._keeper.mounts)},
+            extra={
+                "address": str(self._settings.address),
+                "version": __version__,
+                "mounts": len(self._keeper.mounts),
+            },
         )
+
+    async def _reload(self) -> None:
+        """Read the configuration again. Never raises: a running daemon is worth more than a new setting."""
+        notifier = Notifier.from_environ()
+        notifier.reloading()
+        try:
+            loaded = await trio.to_thread.run_sync(self._settings.load)
+        except (ConfigError, OSError) as error:
+            _log.error("configuration not reloaded; the old one stays", extra={"error": str(error)})
+        else:
+            for warning in loaded.warnings:
+                _log.warning("configuration", extra={"warning": warning})
+            self._apply(loaded.config)
+        notifier.ready()
+
+    def _apply(self, new: Config) -> None:
+        changed = reloading.changed(self._config, new)
+        self._config = reloading.with_live(self._config, new)
+        self._log_level = self._settings.log_level or new.log_level
+        logs.setup(self._log_level, log_format=self._config.log_format, role="daemon")
+        self._provider.settings = self._provider_settings()
+        self._keeper.set_limits(idle_timeout=new.fuse.idle_timeout_sec, read_budget=new.fuse.read_budget_sec)
+        _log.info("configuration reloaded", extra={"changed": sorted(changed & reloading.LIVE)})
+        if waiting := sorted(changed - reloading.LIVE):
+            _log.warning("these keys take a restart, which disturbs no container", extra={"keys": waiting})
 
     def _make_fetcher(self, sources: BlobSources, lock: int) -> FetcherProcess:
         return FetcherProcess(
@@ -199,11 +245,7 @@ class App:
         modes = Modes(v1=config.pull_modes.soci_v1.enable, v2=config.pull_modes.soci_v2.enable)
         limits = CompileLimits(config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec)
         return Provider(
-            ProviderSettings(
-                background=config.fetch.background,
-                mount_timeout_s=config.mount_timeout_sec,
-                min_layer_size=config.snapshotter.min_layer_size,
-            ),
+            self._provider_settings(),
             root=root,
             layers=layers,
             store=store,
@@ -286,6 +328,14 @@ class App:
         return LayoutArtifacts(self._root)
 
     # --- configuration, in the parts' own terms ---------------------------------------------------------------
+
+    def _provider_settings(self) -> ProviderSettings:
+        config = self._config
+        return ProviderSettings(
+            background=config.fetch.background,
+            mount_timeout_s=config.mount_timeout_sec,
+            min_layer_size=config.snapshotter.min_layer_size,
+        )
 
     def _timeouts(self) -> Timeouts:
         http = self._config.http

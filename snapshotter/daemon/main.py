@@ -3,6 +3,7 @@
     soci-snapshotter-grpc                          the daemon
     soci-snapshotter-grpc status [--json]          processes and lazy mounts of the daemon on --root
     soci-snapshotter-grpc config default|dump|check
+    soci-snapshotter-grpc unmount --all            takes away what a stopped daemon left mounted
     soci-snapshotter-grpc holder                   keeps descriptors while the daemon is away; a unit of its own
 
 Exit codes: 0, 1 for what went wrong, 78 for a mistake in the configuration.
@@ -11,6 +12,7 @@ Exit codes: 0, 1 for what went wrong, 78 for a mistake in the configuration.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import sys
@@ -22,6 +24,7 @@ from snapshotter import logs
 from snapshotter.daemon import status
 from snapshotter.daemon.app import HOLDER_SOCKET, App
 from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Settings, build_parser, run_config_command
+from snapshotter.daemon.unmounting import unmount_all
 from snapshotter.errors import ConfigError, SnapshotterError
 from snapshotter.fuse import holder
 
@@ -48,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="as one JSON object")
     configuration = commands.add_parser("config", help="show or check the configuration")
     configuration.add_argument("action", choices=ACTIONS)
+    unmounting = commands.add_parser("unmount", help="take the lazy mounts of a stopped daemon away")
+    unmounting.add_argument(
+        "--all", action="store_true", required=True, help="all of them; there is no other way"
+    )
+    unmounting.add_argument("--force", action="store_true", help="even those that containers read from")
     commands.add_parser("holder", help="keep descriptors while the daemon is away")
     return parser
 
@@ -60,6 +68,9 @@ def _run(settings: Settings) -> int:
         case "config":
             path = settings.config_path if settings.is_config_explicit else None
             return run_config_command(settings.namespace.action, path)
+        case "unmount":
+            count = unmount_all(settings.root, settings.root / HOLDER_SOCKET, force=settings.namespace.force)
+            print(f"{count} lazy mounts taken away")
         case "holder":
             settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             holder.main(str(settings.root / HOLDER_SOCKET))
@@ -71,17 +82,12 @@ def _run(settings: Settings) -> int:
 def _daemon(settings: Settings) -> None:
     loaded = settings.load()
     config = loaded.config
-    level = settings.log_level or config.log_level
-    logs.setup(level, log_format=config.log_format, role="daemon")
+    logs.setup(settings.log_level or config.log_level, log_format=config.log_format, role="daemon")
+    faulthandler.enable()  # the watchdog ends a stuck daemon by SIGABRT: then the journal says where it hung
     for warning in loaded.warnings:
         _log.warning("configuration", extra={"warning": warning})
-    if settings.address.path is None:
-        raise ConfigError(
-            "--address fd:// is not supported: give a path, or unix://PATH, and remove the socket unit"
-        )
-    app = App(config, settings.root, settings.address.path, level)
     try:
-        trio.run(app.run)
+        trio.run(App(settings, config).run)
     except BaseExceptionGroup as group:
         known = _known_cause(group)
         if known is None:

@@ -127,7 +127,8 @@ class Provider:
         not_lazy: str = "",
     ) -> None:
         self._phases = phases
-        self._settings = settings
+        self.settings = settings
+        """May be replaced: the next pull looks here."""
         self._snapshots = root / "snapshotter" / "snapshots"
         self._layers = layers
         self._store = store
@@ -211,7 +212,7 @@ class Provider:
 
     async def _open_again(self, layer: Digest) -> None:
         try:
-            await self._fetcher.open(layer, background=self._settings.background)
+            await self._fetcher.open(layer, background=self.settings.background)
         except ProcessFailed as error:
             _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
 
@@ -228,12 +229,12 @@ class Provider:
         if self.not_lazy:
             return self._deferred("not-lazy", request, self.not_lazy)
         try:
-            with trio.fail_after(self._settings.mount_timeout_s):
+            with trio.fail_after(self.settings.mount_timeout_s):
                 found = await self._catalog.resolve(asked.image, asked.index)
         except NoIndex as error:
             return self._deferred("no-index", request, error)
         except trio.TooSlowError:
-            return self._deferred("timeout", request, f"no index within {self._settings.mount_timeout_s} s")
+            return self._deferred("timeout", request, f"no index within {self.settings.mount_timeout_s} s")
         except SnapshotterError as error:
             return self._deferred("index-failed", request, error)
         self._prepare_ahead(asked.image, found)
@@ -255,17 +256,17 @@ class Provider:
         if ztoc is None:
             raise NoZtoc(f"index {found.index.digest} has no zTOC for layer {asked.layer}")
         size = request.labels.get(_LAYER_SIZE, "")
-        if size.isdigit() and int(size) < self._settings.min_layer_size:
+        if size.isdigit() and int(size) < self.settings.min_layer_size:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
-        with self._phases.timed(Phase.PROVIDE), trio.fail_after(self._settings.mount_timeout_s):
+        with self._phases.timed(Phase.PROVIDE), trio.fail_after(self.settings.mount_timeout_s):
             async with self._locks.hold(layer):
                 await self._artifacts.ensure(asked.image, layer, ztoc)
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
                 self._uses[layer] = self._uses.get(layer, 0) + 1
                 try:
                     self._sources.learn(layer, asked.image)
-                    await self._fetcher.open(layer, background=self._settings.background)
+                    await self._fetcher.open(layer, background=self.settings.background)
                     await self._mount(request, asked, variant)
                 except BaseException:
                     self._nursery.start_soon(self._drop_use, layer)

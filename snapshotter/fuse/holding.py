@@ -45,6 +45,13 @@ class HolderClient:
         with self._lock:
             self._connect()
 
+    def is_running(self) -> bool:
+        """Tell whether there is a holder; none is started."""
+        sock = _try_connect(self._path)
+        if sock is not None:
+            sock.close()
+        return sock is not None
+
     def put(self, name: str, fd: int) -> None:
         """Have a copy of `fd` kept under `name`. Raises ProcessFailed."""
         self._call({"op": "put", "name": name}, [fd])

@@ -106,6 +106,10 @@ class Keeper:
         """Every mount by snapshot id."""
         return self._mounts
 
+    def set_limits(self, *, idle_timeout: float, read_budget: float) -> None:
+        """Give other limits (seconds) to the layer servers that start from now on."""
+        self._idle_timeout, self._read_budget = idle_timeout, read_budget
+
     async def mount(self, spec: MountSpec) -> Mountpoint:
         """Mount a layer, asleep. Raises OSError, ValueError (kernel too old; an older mount of this snapshot has
         not ended yet), ProcessFailed (no holder), InvalidLayerFile (its tree).

@@ -172,7 +172,7 @@ def systemd_socket(daemon: Daemon) -> None:
         (root_read_only, "78: root directory /proc/soci cannot be used"),
         (address_is_a_file, "78: --address: there is something at "),
         (damaged_database, "78: snapshot database "),
-        (systemd_socket, "78: --address fd:// is not supported"),
+        (systemd_socket, "78: --address fd://: systemd must hand over one unix stream socket, got 0"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(workdir: Path, spoil: Spoil, said: str) -> None:

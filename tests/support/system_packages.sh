@@ -26,6 +26,9 @@ need prometheus has prometheus
 need openssl has openssl
 need gnupg has gpg
 need gnupg has gpg-agent
+need systemd-container has systemd-nspawn
+need procps has ps
+need python3.11 test -x /usr/bin/python3.11
 need gcc has gcc
 need libc6-dev test -e /usr/include/stdio.h
 need pkg-config has pkg-config

@@ -1,0 +1,193 @@
+"""The services under a real systemd, with a container that reads all the while: no read may fail or hang."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tests.support.process import wait_until
+from tests.systemd.conftest import Host, install
+
+DAEMON = "soci-snapshotter-grpc.service"
+SOCKET = "soci-snapshotter-grpc.socket"
+HOLDER = "soci-snapshotter-holder.service"
+
+
+def main_pid(host: Host, unit: str = DAEMON) -> str:
+    """Return the pid of a service's main process, on the machine; "0" while there is none."""
+    return host.machine.property(unit, "MainPID")
+
+
+def wait_active(host: Host, unit: str = DAEMON, *, former: str = "") -> None:
+    """Wait until the service is up, in another process than `former`."""
+    wait_until(
+        lambda: host.machine.property(unit, "ActiveState") == "active" and main_pid(host, unit) != former,
+        timeout=60,
+        what=f"{unit} is active",
+    )
+
+
+def snapshots_are_listed(host: Host) -> bool:
+    """Tell whether containerd gets an answer from the snapshotter."""
+    return "Committed" in host.machine.run("ctr", "snapshots", "--snapshotter", "soci", "list", check=False)
+
+
+def said(host: Host, message: str) -> list[dict[str, object]]:
+    """Return the daemon's log records with this message, from the journal."""
+    texts = [str(entry["MESSAGE"]) for entry in host.machine.journal(DAEMON)]
+    records = [json.loads(text) for text in texts if text.startswith("{")]
+    return [record for record in records if record["msg"] == message]
+
+
+def test_a_container_reads_lazily(host: Host) -> None:
+    host.reads_on()
+    (mount,) = host.status()["mounts"]
+    assert mount["target"].startswith("/var/lib/soci-snapshotter-grpc/")
+    assert host.machine.systemctl("is-enabled", DAEMON, SOCKET).split() == ["enabled", "enabled"]
+
+
+def test_stop_and_start_keep_mounts(host: Host) -> None:
+    before, holder = host.mounts(), main_pid(host, HOLDER)
+    # Stopping the daemon alone would not last: containerd's next request starts it.
+    host.machine.systemctl("stop", SOCKET)
+    assert host.machine.property(DAEMON, "ActiveState") == "inactive"
+    assert host.mounts() == before
+    host.machine.systemctl("start", DAEMON)
+    assert host.machine.property(SOCKET, "ActiveState") == "active"
+    host.reads_on()
+    assert host.mounts() == before
+    assert main_pid(host, HOLDER) == holder
+    # While there was no socket containerd's client backed off, for up to three seconds.
+    wait_until(lambda: snapshots_are_listed(host), timeout=30, what="containerd has connected again")
+
+
+def test_a_restart_fails_no_read(host: Host) -> None:
+    before, former = host.mounts(), main_pid(host)
+    host.machine.systemctl("restart", DAEMON)
+    assert main_pid(host) != former
+    # At once where the start takes less than a second, which is what containerd's client waits before it backs off.
+    wait_until(lambda: snapshots_are_listed(host), timeout=30, what="containerd gets answers again")
+    host.reads_on()
+    assert host.mounts() == before
+
+
+def test_killed_twenty_times_in_ten_seconds(host: Host) -> None:
+    before = host.mounts()
+    for _ in range(20):
+        wait_until(lambda: main_pid(host) != "0", timeout=30, what="there is a daemon to kill")
+        host.machine.systemctl("kill", "--kill-who=main", "--signal=KILL", DAEMON)
+        time.sleep(0.4)
+    wait_active(host)
+    host.reads_on()
+    assert host.mounts() == before
+    assert host.machine.property(SOCKET, "ActiveState") == "active"
+
+
+def test_daemon_and_holder_killed_at_once(host: Host) -> None:
+    before, former, holder = host.mounts(), main_pid(host), main_pid(host, HOLDER)
+    host.machine.systemctl("kill", "--signal=KILL", DAEMON, HOLDER)
+    wait_active(host, former=former)
+    wait_active(host, HOLDER, former=holder)
+    host.reads_on()
+    assert host.mounts() == before
+
+
+def test_a_reload_reads_the_configuration_again(host: Host) -> None:
+    config, former = "/etc/soci-snapshotter-grpc/config.toml", main_pid(host)
+    host.machine.write(config, 'log_level = "debug"\nmetrics_address = "127.0.0.1:1"\n')
+    host.machine.systemctl("reload", DAEMON)
+    wait_until(lambda: said(host, "configuration reloaded"), timeout=30, what="it was reloaded")
+    assert said(host, "configuration reloaded")[-1]["changed"] == ["log_level"]
+    (waiting,) = said(host, "these keys take a restart, which disturbs no container")
+    assert waiting["keys"] == ["metrics_address"]
+    host.machine.write(config, "log_level = 5\n")
+    host.machine.systemctl("reload", DAEMON)
+    refused = "configuration not reloaded; the old one stays"
+    wait_until(lambda: said(host, refused), timeout=30, what="the mistake is told")
+    assert "config.toml:1" in str(said(host, refused)[0]["error"])
+    host.machine.path(config).unlink()
+    host.machine.systemctl("reload", DAEMON)
+    wait_until(lambda: len(said(host, "configuration reloaded")) == 2, timeout=30, what="it was reloaded")
+    assert main_pid(host) == former
+    assert host.machine.property(DAEMON, "ActiveState") == "active"
+
+
+def test_the_watchdog_ends_a_daemon_that_hangs(host: Host) -> None:
+    # In a container with cgroup v1 systemd is not told when a group is empty, and waits for TimeoutStopSec.
+    settings = "[Service]\nWatchdogSec=4s\nTimeoutStopSec=2s\n"
+    host.machine.write(f"/etc/systemd/system/{DAEMON}.d/watchdog.conf", settings)
+    host.machine.systemctl("daemon-reload")
+    host.machine.systemctl("restart", DAEMON)
+    former = main_pid(host)
+    host.machine.run("kill", "-STOP", former)
+    wait_active(host, former=former)
+    host.reads_on()
+    text = host.machine.run("journalctl", "--no-pager", "--unit", DAEMON)
+    assert "Watchdog timeout" in text
+    assert "Fatal Python error: Aborted" in text  # and where each thread was
+    host.machine.path(f"/etc/systemd/system/{DAEMON}.d/watchdog.conf").unlink()
+    host.machine.systemctl("daemon-reload")  # for the next start
+
+
+def test_containerd_starts_the_daemon_by_its_socket(host: Host) -> None:
+    host.machine.systemctl("stop", SOCKET)
+    host.machine.systemctl("start", SOCKET)
+    assert host.machine.property(DAEMON, "ActiveState") == "inactive"
+    wait_until(lambda: snapshots_are_listed(host), timeout=30, what="containerd has connected again")
+    assert host.machine.property(DAEMON, "ActiveState") == "active"
+    host.reads_on()
+
+
+def test_the_journal_knows_priorities(host: Host) -> None:
+    entries = [each for each in host.machine.journal(DAEMON) if str(each["MESSAGE"]).startswith("{")]
+    levels = {(json.loads(str(each["MESSAGE"]))["level"], each["PRIORITY"]) for each in entries}
+    assert (
+        {("info", "6"), ("error", "3")}
+        <= levels
+        <= {
+            ("debug", "7"),
+            ("info", "6"),
+            ("warning", "4"),
+            ("error", "3"),
+        }
+    )
+
+
+def test_mounts_in_use_are_not_taken_away(host: Host) -> None:
+    running = host.machine.run("soci-snapshotter-grpc", "unmount", "--all", check=False)
+    assert "is in use by another snapshotter" in running
+    host.machine.systemctl("stop", SOCKET)
+    stopped = host.machine.run("soci-snapshotter-grpc", "unmount", "--all", check=False)
+    assert "containers read from lazy layers (1, one of them at /run/containerd/" in stopped
+    host.machine.systemctl("start", DAEMON)
+    host.reads_on()
+
+
+def test_an_upgrade_keeps_mounts_and_containers(host: Host, newer_package: Path) -> None:
+    before, holder = host.mounts(), main_pid(host, HOLDER)
+    install(host.machine, newer_package)
+    assert host.machine.run("soci-snapshotter-grpc", "--version").split()[-1] == "99.0"
+    assert said(host, "ready")[-1]["version"] == "99.0"
+    host.reads_on()
+    assert host.mounts() == before
+    assert main_pid(host, HOLDER) == holder
+
+
+def test_a_removal_waits_for_the_last_container(host: Host) -> None:
+    told = host.machine.run("dpkg", "--remove", "soci-lazy-snapshotter", check=False)
+    assert "stop the containers first" in told
+    wait_active(host)
+    host.reads_on()
+
+
+def test_purged_without_a_trace(host: Host) -> None:
+    host.end_reader()
+    host.machine.run("dpkg", "--purge", "soci-lazy-snapshotter")
+    assert host.mounts() == []
+    assert not host.machine.path("/var/lib/soci-snapshotter-grpc").exists()
+    assert "snapshotter" not in host.machine.run("ps", "-e", "-o", "args=")
+    assert "soci" not in host.machine.run("systemctl", "list-units", "--all", "--no-legend", "soci*")
+    left = host.machine.run("find", "/usr", "/etc", "/run", "-xdev", "-name", "*soci-*snapshotter*").split()
+    # What the operator (these tests) wrote is the operator's.
+    assert set(left) <= {f"/etc/systemd/system/{DAEMON}.d", "/etc/soci-snapshotter-grpc"}
