@@ -3,10 +3,11 @@
     soci-snapshotter-grpc                          the daemon
     soci-snapshotter-grpc status [--json]          processes and lazy mounts of the daemon on --root
     soci-snapshotter-grpc config default|dump|check
+    soci-snapshotter-grpc install-check [--json]   what this host lacks, and how to mend it
     soci-snapshotter-grpc unmount --all            takes away what a stopped daemon left mounted
     soci-snapshotter-grpc holder                   keeps descriptors while the daemon is away; a unit of its own
 
-Exit codes: 0, 1 for what went wrong, 78 for a mistake in the configuration.
+Exit codes: 0, 1 for what went wrong (or is missing: install-check), 78 for a mistake in the configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from snapshotter import logs
 from snapshotter.daemon import status
 from snapshotter.daemon.app import HOLDER_SOCKET, App
 from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Settings, build_parser, run_config_command
+from snapshotter.daemon.install import install_check
 from snapshotter.daemon.unmounting import unmount_all
 from snapshotter.errors import ConfigError, SnapshotterError
 from snapshotter.fuse import holder
@@ -51,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="as one JSON object")
     configuration = commands.add_parser("config", help="show or check the configuration")
     configuration.add_argument("action", choices=ACTIONS)
+    checked = commands.add_parser("install-check", help="what this host lacks, and how to mend it")
+    checked.add_argument("--json", action="store_true", help="as one JSON object")
     unmounting = commands.add_parser("unmount", help="take the lazy mounts of a stopped daemon away")
     unmounting.add_argument(
         "--all", action="store_true", required=True, help="all of them; there is no other way"
@@ -68,6 +72,8 @@ def _run(settings: Settings) -> int:
         case "config":
             path = settings.config_path if settings.is_config_explicit else None
             return run_config_command(settings.namespace.action, path)
+        case "install-check":
+            return install_check(settings, as_object=settings.namespace.json)
         case "unmount":
             count = unmount_all(settings.root, settings.root / HOLDER_SOCKET, force=settings.namespace.force)
             print(f"{count} lazy mounts taken away")
