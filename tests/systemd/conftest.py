@@ -100,10 +100,9 @@ class Host:
         )  # fmt: skip
 
     def end_reader(self) -> None:
-        """Remove the container and the image."""
+        """Remove the container; the image stays."""
         self.machine.run("ctr", "tasks", "rm", "--force", _CONTAINER, check=False)
         self.machine.run("ctr", "containers", "rm", _CONTAINER)
-        self.machine.run("ctr", "images", "rm", "--sync", self.reference)
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ def test_a_container_reads_lazily(host: Host) -> None:
     host.reads_on()
     (mount,) = host.status()["mounts"]
     assert mount["target"].startswith("/var/lib/soci-snapshotter-grpc/")
+    checked = json.loads(host.machine.run("soci-snapshotter-grpc", "install-check", "--json"))
+    assert checked["ok"], checked
     assert host.machine.systemctl("is-enabled", DAEMON, SOCKET).split() == ["enabled", "enabled"]
 
 
@@ -181,8 +183,18 @@ def test_a_removal_waits_for_the_last_container(host: Host) -> None:
     host.reads_on()
 
 
-def test_purged_without_a_trace(host: Host) -> None:
+def test_mounts_that_nobody_uses_are_taken_away_and_come_back(host: Host) -> None:
     host.end_reader()
+    assert len(host.mounts()) == 1
+    host.machine.systemctl("stop", SOCKET)
+    assert host.machine.run("soci-snapshotter-grpc", "unmount", "--all") == "1 lazy mounts taken away\n"
+    assert host.mounts() == []
+    host.machine.systemctl("start", DAEMON)
+    assert len(host.mounts()) == 1
+
+
+def test_purged_without_a_trace(host: Host) -> None:
+    host.machine.run("ctr", "images", "rm", "--sync", host.reference)
     host.machine.run("dpkg", "--purge", "soci-lazy-snapshotter")
     assert host.mounts() == []
     assert not host.machine.path("/var/lib/soci-snapshotter-grpc").exists()
