@@ -13,8 +13,8 @@ from tests.chaos.rig import Rig
 from tests.chaos.run import Chaos, Tally
 from tests.chaos.schedule import FINAL, LINKS, PASSING, ROLES, Kill, schedule
 
-SECONDS = 15.0
-CYCLES = 30
+SECONDS = 12.0
+CYCLES = 20
 
 
 @pytest.fixture(scope="module")
