@@ -83,7 +83,7 @@ def _listed(path: Path | None) -> list[str]:
         listed = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"--prefetch-files-json {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--prefetch-files-json {path}: not JSON: {error}") from None
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
         raise UsageError(f"--prefetch-files-json {path}: not an array of strings")

@@ -46,7 +46,8 @@ Result = TypeVar("Result")
 RESTART_S = 0.1
 """RestartSec= of the daemon's unit."""
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
+"""How long a call to the daemon is repeated while it is away."""
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 

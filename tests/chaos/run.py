@@ -35,7 +35,7 @@ from tests.support.containerd import remove_directory
 from tests.support.netem import Link
 from tests.support.process import wait_until
 
-HANG_S = 120.0
+HANG_S = 200.0
 _AFTERMATH_S = 3.0
 """How long after a fault began a slow read or an error still counts as its doing."""
 
@@ -222,6 +222,8 @@ class Chaos:
         if role in {"daemon", "all"}:
             self._rig.daemon.kill()
             self._rig.restart_daemon()
+            # Else pulls would never get on where a start takes long.
+            time.sleep(self._rig.restart_times[-1])
 
     def _victims(self, role: str) -> list[int]:
         """Return the processes to kill; for "layer" it is one of the servers that are awake."""
