@@ -13,7 +13,7 @@ from snapshotter.cli.output import print_json
 from snapshotter.errors import CorruptData, NotFound, RegistryError, UsageError
 from snapshotter.oci.media_types import SOCI_INDEX_V1
 from snapshotter.oci.reference import Reference
-from snapshotter.soci.content import ContentSource, read_verified
+from snapshotter.soci.content import ArtifactStore, ContentSource, read_verified
 from snapshotter.soci.content_overlay import Overlay
 from snapshotter.soci.index import INDEX_DIGEST, SociIndex, parse
 from snapshotter.soci.platforms import PlatformImage, find_images
@@ -101,10 +101,20 @@ async def _in_registry(context: Context) -> list[_Verdict]:
 
 
 def _indices(context: Context, image: PlatformImage) -> list[Digest]:
-    """Return the indices of one platform: the one that its manifest points to, and those in the database."""
-    found = [row.digest for row in context.database.indices(manifest_digest=image.descriptor.digest)]
+    """Return the indices of one platform: the one that its manifest points to, and those known that are still there."""
+    rows = context.database.indices(manifest_digest=image.descriptor.digest)
+    found = [row.digest for row in rows if _is_kept(context.artifacts, row.digest)]
     linked = _linked(image)
     return list(dict.fromkeys(found if linked is None else [linked, *found]))
+
+
+def _is_kept(artifacts: ArtifactStore, digest: Digest) -> bool:
+    """Whether an index is there; one that a newer index has replaced is containerd's to collect."""
+    try:
+        artifacts.size(digest)
+    except NotFound:
+        return False
+    return True
 
 
 def _linked(image: PlatformImage) -> Digest | None:

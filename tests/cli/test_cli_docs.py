@@ -15,6 +15,7 @@ FOREIGN = {
     "--output",
     "--soci-span-size",
     "--soci-min-layer-size",
+    "--soci",
     "--all",
     "--rm",
     "--quiet",
