@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_messages(
     assert notifier.is_active
     assert say(notifier)
     assert manager.receive() == (heard, [])
+
+
+def test_a_reload_says_when_it_began(manager: Manager, notifier: Notifier) -> None:
+    before = time.monotonic_ns() // 1000
+    assert notifier.reloading()
+    (reloading, when), _ = manager.receive()
+    assert reloading == "RELOADING=1"
+    assert before <= int(when.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
 
 
 class TestStore:

@@ -34,13 +34,14 @@ def unmount_all(root: Path, holder_socket: Path, *, force: bool = False) -> int:
     with RootLock(root):
         lock = generation.begin(root / "generation")  # servers of a daemon that has just been stopped
         try:
-            if not force and (users := overlays_on(root)):
+            # containerd was told the root's name; the kernel knows where that leads.
+            if not force and (users := overlays_on(root) or overlays_on(root.resolve())):
                 raise UsageError(
                     f"containers read from lazy layers ({len(users)}, one of them at {users[0]}): stop the "
                     "containers first, or use --force, after which they read errors"
                 )
             _let_go(holder_socket)
-            return _detach(root)
+            return _detach(root.resolve())
         finally:
             os.close(lock)
 

@@ -63,13 +63,20 @@ class Machine:
         self._log = self.directory / "console.log"
         self._nspawn: subprocess.Popen[bytes] | None = None
         self._leader = 0
+        self._group = Path(f"/sys/fs/cgroup/snapshotter-test-{os.getpid()}")
 
     def start(self) -> Machine:
         """Boot; return when systemd has started everything. Raises AssertionError with the console's text."""
         self._furnish()
+        command = self._command()
+        if Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            # With cgroup v2 a group that holds processes (ours) hands no controllers on; one of its own gets them.
+            with contextlib.suppress(OSError):  # read-only: then there are none to hand on
+                self._group.mkdir(exist_ok=True)
+                command = ["sh", "-c", f'echo $$ >{self._group}/cgroup.procs; exec "$@"', "sh", *command]
         with self._log.open("ab") as log:
             self._nspawn = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
             wait_until(self._find_leader, timeout=60, what="systemd-nspawn has started systemd")
@@ -153,6 +160,9 @@ class Machine:
             except subprocess.TimeoutExpired:
                 self._nspawn.kill()
                 self._nspawn.wait()
+        for directory, _, _ in os.walk(self._group, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
 
     def _furnish(self) -> None:
         for name in (
