@@ -47,6 +47,9 @@ class BuildReport:
 
     def index(self, platform: Platform, created: CreatedIndex) -> None:
         """One platform is finished."""
+        if not self.is_json:
+            for layer, artifact in created.index.prefetch:
+                self.progress.print(f"Created prefetch artifact for layer {layer}: {artifact.digest}")
         for pattern in created.unmatched:
             print(f"[WARN] prefetch {pattern}: no such file in an indexed layer", file=sys.stderr)
         self._document["indices"].append(

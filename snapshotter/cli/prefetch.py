@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
 
 from snapshotter.cli.context import Context, digest_argument
 from snapshotter.cli.options import Commands, add_json
@@ -11,7 +14,7 @@ from snapshotter.cli.output import age, print_json, print_table
 from snapshotter.errors import NotFound, UsageError
 from snapshotter.soci.artifacts import PrefetchRow
 from snapshotter.soci.content import read_verified
-from snapshotter.soci.prefetch import MAX_SIZE, parse
+from snapshotter.soci.prefetch import MAX_SIZE, VERSION, SpanRange, parse
 
 _HEADER = ("DIGEST", "LAYER DIGEST", "SPANS", "CREATED")
 
@@ -35,19 +38,19 @@ def run_list(context: Context) -> None:
     listed = []
     for row in context.database.prefetches():
         try:
-            spans = sum(one.last - one.first + 1 for one in parse(_read(context, row)))
+            spans = _total(parse(_read(context, row)))
         except NotFound:
             spans = 0
         listed.append((row, spans))
     if context.arguments.json:
         print_json(
             [
-                {
-                    "digest": row.digest,
-                    "size": row.size,
-                    "layer_digest": row.layer_digest,
-                    "spans": spans,
-                    "created_at": row.created_at,
+                {  # the reference's names
+                    "Digest": row.digest,
+                    "LayerDigest": row.layer_digest,
+                    "TotalSpans": spans,
+                    "CreatedAt": _rfc3339(row.created_at),
+                    "Size": row.size,
                 }
                 for row, spans in listed
             ]
@@ -71,9 +74,28 @@ def run_info(context: Context) -> None:
     if context.arguments.json:
         print_json(json.loads(data))
         return
-    print(f"digest: {digest}\nlayer: {rows[0].layer_digest}\nsize: {rows[0].size}\nspans:")
-    for one in ranges:
-        print(f"  {one.first}-{one.last}")
+    facts = {
+        "Digest": digest,
+        "Version": VERSION,
+        "Span Ranges": len(ranges),
+        "Layer Digest": rows[0].layer_digest,
+        "Size": f"{rows[0].size} bytes",
+        "Created": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(rows[0].created_at)),
+    }
+    for name, value in facts.items():
+        print(f"{name + ':':<15}{value}")
+    print("\nPrefetch Spans:")
+    for number, one in enumerate(ranges):
+        print(f"  [{number}] StartSpan: {one.first}, EndSpan: {one.last} (covers {_total([one])} spans)")
+    print(f"\nTotal spans to prefetch: {_total(ranges)}")
+
+
+def _total(ranges: Iterable[SpanRange]) -> int:
+    return sum(one.last - one.first + 1 for one in ranges)
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _read(context: Context, row: PrefetchRow) -> bytes:

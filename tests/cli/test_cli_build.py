@@ -61,10 +61,12 @@ def test_prefetch_artifacts_stand_behind_the_ztocs(soci: Soci, image: Image, tmp
     assert {line.split()[1] for line in rows[1:]} == {one.digest for one in image.layers}
     digest = str(index.prefetch[0][1].digest)
     spans = all_spans.last + 1
-    assert {one["digest"]: one["spans"] for one in json.loads(soci("prefetch", "ls", "--json").out)}[
+    assert {one["Digest"]: one["TotalSpans"] for one in json.loads(soci("prefetch", "ls", "--json").out)}[
         digest
     ] == spans
-    assert f"0-{all_spans.last}" in soci("prefetch", "info", digest).out
+    text = soci("prefetch", "info", digest).out
+    assert f"[0] StartSpan: 0, EndSpan: {all_spans.last} (covers {all_spans.last + 1} spans)" in text
+    assert f"Layer Digest:  {image.layers[0].digest}\n" in text
     info = json.loads(soci("prefetch", "info", "--json", digest).out)
     assert info["prefetch_spans"] == [{"start_span": 0, "end_span": all_spans.last}]
     assert "not known" in soci.fails("prefetch", "info", "sha256:" + "0" * 64)
