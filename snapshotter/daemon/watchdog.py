@@ -34,11 +34,13 @@ class Health:
     def __init__(self, address: Path, read_database: Callable[[], object]) -> None:
         self._address = address
         self._read_database = read_database
+        # Not one of the loop's common threads: those may all be waiting for a slow disk, and that is no reason to end.
+        self._thread = trio.CapacityLimiter(1)
 
     async def find_trouble(self) -> str:
         """Return what is wrong, or the empty string. Takes as long as the parts take to answer: limit it."""
         try:
-            await trio.to_thread.run_sync(self._read_database, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._read_database, abandon_on_cancel=True, limiter=self._thread)
         except (SnapshotterError, OSError) as error:
             return f"the database cannot be read: {error}"
         try:
