@@ -34,6 +34,8 @@ HOMES: dict[str, set[str]] = {
     "httpx": {"registry"},
     "httpcore": {"registry"},
     "urllib3": {"registry"},
+    "botocore": {"registry.ecrtoken"},
+    "yaml": {"registry.kubeconfig"},
     "grpc": {"daemon", "containerd", "api"},
     "grpc_health": {"daemon"},
     "google": {"daemon", "containerd", "api"},

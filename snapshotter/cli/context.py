@@ -224,17 +224,19 @@ class Context:
             raise first_error(group) from group
 
     def _keychain(self, reference: Reference) -> Keychain:
+        from snapshotter.registry.ecr import EcrKeychain
         from snapshotter.registry.keychain import Credentials, DockerConfigKeychain, StaticKeychain
         from snapshotter.registry.keychains import ChainKeychain
 
         user: str | None = self.arguments.user
+        known: dict[str, Keychain] = {"docker": DockerConfigKeychain(), "ecr": EcrKeychain()}
         if user is None:
-            return DockerConfigKeychain()
+            return ChainKeychain(**known)
         name, colon, secret = user.partition(":")
         if not colon:
             secret = getpass.getpass(f"Password of {name} at {reference.registry}: ")
         given = StaticKeychain({reference.registry: Credentials(name, secret)})
-        return ChainKeychain(user=given, docker=DockerConfigKeychain())
+        return ChainKeychain(user=given, **known)
 
 
 def _out_of_time(limit: float) -> UsageError:

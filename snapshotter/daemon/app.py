@@ -29,7 +29,7 @@ from grpc_health.v1.health import HealthServicer
 
 from snapshotter import __version__, logs
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
-from snapshotter.daemon import generation, inherited, reloading, selftest, watchdog, web
+from snapshotter.daemon import generation, imageservice, inherited, reloading, selftest, watchdog, web
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config, Settings
@@ -88,7 +88,7 @@ class App:
         self._phases = Phases()
         self._numbers: Numbers
         self._hosts = configured_hosts(config)
-        self._credentials = Credentials()
+        self._credentials = Credentials(config)
         self._keeper: Keeper
         self._fetcher: FetcherProcess
         self._provider: Provider
@@ -162,6 +162,7 @@ class App:
         )
         await nursery.start(self._keeper.run)
         nursery.start_soon(forker.run)
+        nursery.start_soon(self._credentials.run)
         nursery.start_soon(self._fetcher.run)
         nursery.start_soon(self._watch_holder, holder)
         await self._provider.restore()
@@ -281,7 +282,13 @@ class App:
                 await trio.sleep(_HOLDER_WAIT_S)
 
     def _serve_grpc(self, snapshotter: Snapshotter, cleanup: ExitStack) -> None:
-        server = grpc.server(ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="grpc"))
+        cri = self._credentials.cri
+        threads = _GRPC_THREADS + (0 if cri is None else imageservice.MAX_CALLS)
+        server = grpc.server(ThreadPoolExecutor(threads, thread_name_prefix="grpc"))
+        if cri is not None:
+            images = imageservice.ImageService(self._config.cri_keychain.image_service_path, cri)
+            server.add_generic_rpc_handlers([images])
+            cleanup.callback(images.close)
         snapshots_pb2_grpc.add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), server)
         health = HealthServicer()
         for name in ("", snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"].full_name):

@@ -8,15 +8,21 @@ Concurrency: the tables are made once; the numbers are read by scrapes, from any
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trio
+
 from snapshotter.daemon.config import Config
+from snapshotter.registry import ecr
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.crikeychain import CriKeychain
+from snapshotter.registry.ecr import EcrKeychain
 from snapshotter.registry.hosts import NO_LIMIT, named_host
 from snapshotter.registry.hostsfile import HostsDirectories
-from snapshotter.registry.keychain import DockerConfigKeychain
+from snapshotter.registry.keychain import DockerConfigKeychain, Keychain
 from snapshotter.registry.keychains import ChainKeychain
 from snapshotter.registry.mirrors import ConfiguredHosts
 
@@ -35,8 +41,21 @@ class Family:
 class Credentials:
     """The keychains that the configuration asks for."""
 
-    def __init__(self) -> None:
-        self.keychain = ChainKeychain(docker=DockerConfigKeychain())
+    def __init__(self, config: Config) -> None:
+        keychains: dict[str, Keychain] = {"docker": DockerConfigKeychain()}
+        self.cri = CriKeychain() if config.cri_keychain.enable_keychain else None
+        if self.cri is not None:
+            keychains["cri"] = self.cri
+        self.ecr = EcrKeychain() if ecr.is_available() else None
+        if self.ecr is not None:
+            keychains["ecr"] = self.ecr
+        self.keychain = ChainKeychain(**keychains)
+
+    async def run(self) -> None:
+        """Keep credentials fresh, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            if self.ecr is not None:
+                nursery.start_soon(self.ecr.run)
 
 
 def configured_hosts(config: Config) -> ConfiguredHosts:
@@ -80,6 +99,22 @@ def registry_numbers(
         outcomes = {"answer": each.answers, "none": each.misses, "failure": each.failures}
         lookups.rows.extend(((name, outcome), count) for outcome, count in outcomes.items())
     yield from (requests, resting, mistakes, lookups, failing)
+    if credentials.ecr is not None:
+        yield from _tokens(credentials.ecr)
+
+
+def _tokens(keychain: EcrKeychain) -> Iterator[Family]:
+    age = Family("soci_credential_age_seconds", "Time since a token was given out.", ("host",))
+    left = Family("soci_credential_left_seconds", "Time until it ends; below 0 it has.", ("host",))
+    renewals = Family("soci_credential_renewals", "Tokens renewed.", ("host",), True)
+    failures = Family("soci_credential_renewal_failures", "Renewals that failed.", ("host",), True)
+    now = time.time()
+    for host, state in keychain.states():
+        age.rows.append(((host,), now - state.issued_at))
+        left.rows.append(((host,), state.expires_at - now))
+        renewals.rows.append(((host,), state.renewals))
+        failures.rows.append(((host,), state.failures))
+    yield from (age, left, renewals, failures)
 
 
 def _limit(seconds: int) -> float | None:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import trio
-
 from snapshotter.errors import AuthenticationFailed
+from snapshotter.registry.programs import run_program
 
 IDENTITY_TOKEN_USER: Final = "<token>"
 HELPER_TIMEOUT: Final = 20.0
@@ -96,7 +93,7 @@ class DockerConfigKeychain:
         config = _load(path)
         helpers = _member(config, "credHelpers", dict, path)
         failure: AuthenticationFailed | None = None
-        for name in (_match(helpers, host), config.get("credsStore")):
+        for name in (entry_for(helpers, host), config.get("credsStore")):
             if name:
                 try:
                     credentials = await self._ask(name, host, path)
@@ -105,7 +102,7 @@ class DockerConfigKeychain:
                     continue
                 if credentials is not None:
                     return credentials
-        entry = _match(_member(config, "auths", dict, path), host)
+        entry = entry_for(_member(config, "auths", dict, path), host)
         found = None if entry is None else _from_entry(entry, host, path)
         if found is None and failure is not None:
             raise failure
@@ -119,32 +116,14 @@ class DockerConfigKeychain:
             )
         helper = f"docker-credential-{name}"
         server = _DOCKER_HUB_KEY if host in _DOCKER_HUB else host
-        try:
-            with trio.fail_after(self._helper_timeout):
-                done = await trio.run_process(
-                    [helper, "get"],
-                    stdin=server.encode(),
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                    # A group of its own, so that what the helper started ends with it.
-                    start_new_session=True,
-                    deliver_cancel=_kill_group,
-                )
-        except trio.TooSlowError:
-            raise AuthenticationFailed(
-                f"credential helper {helper}: no answer for {host} within {self._helper_timeout:g} s"
-            ) from None
-        except OSError as error:
-            raise AuthenticationFailed(
-                f"credential helper {helper}: cannot be run: {error.strerror}"
-            ) from None
+        done = await run_program(
+            [helper, "get"],
+            what=f"credential helper {helper}",
+            about=host,
+            timeout=self._helper_timeout,
+            stdin=server.encode(),
+        )
         return _from_helper(helper, host, done)
-
-
-async def _kill_group(process: trio.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _from_helper(helper: str, host: str, done: subprocess.CompletedProcess[bytes]) -> Credentials | None:
@@ -188,8 +167,8 @@ def _from_entry(entry: object, host: str, path: Path) -> Credentials | None:
     return None
 
 
-def _match(entries: Mapping[str, Any], host: str) -> Any | None:
-    """Return the entry for `host`: by its own name first, then by the ways in which Docker writes it."""
+def entry_for(entries: Mapping[str, Any], host: str) -> Any | None:
+    """Return the entry for the registry `host`: by its own name first, then by the ways in which Docker writes it."""
     if host in entries:
         return entries[host]
     names = _DOCKER_HUB if host in _DOCKER_HUB else frozenset({host})

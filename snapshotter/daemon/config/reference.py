@@ -90,7 +90,6 @@ NOT_YET: tuple[KeyPath, ...] = (
     ("pull_modes", "parallel_pull_unpack"),
     ("prefetch",),
     ("kubeconfig_keychain",),
-    ("cri_keychain",),
 )
 """Keys, or whole tables, that nobody reads yet; remove an entry with the change that reads it (a test compares)."""
 
