@@ -121,13 +121,14 @@ def main() -> int:
     names = arguments.target or list(TARGETS)
     workers = len(os.sched_getaffinity(0))
     share = arguments.seconds * workers / len(names)
+    found = False
     with ThreadPoolExecutor(workers) as pool:
-        outcomes = list(pool.map(lambda name: fuzz(name, share, seed=arguments.seed), names))
+        for outcome in pool.map(lambda name: fuzz(name, share, seed=arguments.seed), names):
+            print(json.dumps(asdict(outcome)), flush=True)
+            found |= not outcome.is_clean
         if arguments.keep:
             list(pool.map(keep, names))
-    for outcome in outcomes:
-        print(json.dumps(asdict(outcome)))
-    return 0 if all(outcome.is_clean for outcome in outcomes) else 1
+    return int(found)
 
 
 if __name__ == "__main__":
