@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from snapshotter import __version__
-from snapshotter.cli import convert, create, image, index, prefetch, push, rebuild, ztoc
+from snapshotter.cli import convert, create, image, index, prefetch, push, rebuild, trace, ztoc
 from snapshotter.cli.context import DEFAULT_ROOT, Context
 from snapshotter.containerd import DEFAULT_ADDRESS, DEFAULT_NAMESPACE
 from snapshotter.errors import SnapshotterError, UsageError
 
-_COMMANDS: Final = (create, convert, push, rebuild, image, index, ztoc, prefetch)
+_COMMANDS: Final = (create, convert, push, rebuild, image, index, ztoc, prefetch, trace)
 REFERENCE_VERSION: Final = "0.15.0"
 """Of the reference whose commands these are: nerdctl reads it from --version, and asks for 0.10 before it converts."""
 

@@ -29,7 +29,17 @@ from grpc_health.v1.health import HealthServicer
 
 from snapshotter import __version__, logs
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
-from snapshotter.daemon import generation, imageservice, inherited, reloading, selftest, watchdog, web
+from snapshotter.daemon import (
+    generation,
+    imageservice,
+    inherited,
+    reloading,
+    selftest,
+    status,
+    timeline,
+    watchdog,
+    web,
+)
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config, Settings
@@ -45,7 +55,6 @@ from snapshotter.daemon.reference_metrics import ReferenceCollector
 from snapshotter.daemon.service import SnapshotsService
 from snapshotter.daemon.sockets import PATH_MAX, make_way
 from snapshotter.daemon.sources import BlobSources
-from snapshotter.daemon.status import SOCKET_NAME, Status
 from snapshotter.daemon.unpacking import Unpacker
 from snapshotter.errors import ConfigError, ProcessFailed
 from snapshotter.fuse.forker import Forker
@@ -95,7 +104,7 @@ class App:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError, also in groups."""
-        if len(os.fsencode(self._root / SOCKET_NAME)) > PATH_MAX:
+        if len(os.fsencode(self._root / status.SOCKET_NAME)) > PATH_MAX:
             raise ConfigError(f"--root: its path is too long for the sockets in it: {str(self._root)!r}")
         if self._settings.address.is_inherited:
             self._inherited = inherited.take_listener()
@@ -153,7 +162,7 @@ class App:
             phases=self._phases,
             registry=lambda: registry_numbers(client, self._hosts, self._credentials),
         )
-        status = Status(
+        report = status.Status(
             holder=holder,
             forker=forker,
             fetcher=self._fetcher,
@@ -168,7 +177,9 @@ class App:
         await self._provider.restore()
         await self._test_laziness()
         self._serve_metrics(cleanup)
-        nursery.start_soon(status.serve, root / SOCKET_NAME)
+        events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
+        nursery.start_soon(status.serve, root / status.SOCKET_NAME, report.collect)
+        nursery.start_soon(status.serve, root / timeline.SOCKET_NAME, events.collect)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
         if self._inherited is not None:
             nursery.start_soon(inherited.forward, self._inherited, self._address)

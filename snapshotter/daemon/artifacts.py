@@ -138,7 +138,7 @@ class LayerArtifacts:
             raise UnsupportedLayer(
                 f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
             )
-        with self._phases.timed(Phase.ZTOC):
+        with self._phases.timed(Phase.ZTOC, layer):
             data = await self._artifacts.blob(image, ztoc, max_size=ztoc.size)
         await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
 
@@ -179,7 +179,7 @@ class LayerArtifacts:
         def write(fd: int) -> None:
             trio.from_thread.run(self._run_child, layer, ztoc, fd, base, inherited)
 
-        with self._phases.timed(Phase.COMPILE):
+        with self._phases.timed(Phase.COMPILE, layer):
             await trio.to_thread.run_sync(self._store.write_tree, layer, write, variant)
         _log.info(
             "tree compiled",

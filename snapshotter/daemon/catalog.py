@@ -80,7 +80,7 @@ class Catalog:
         found = await trio.to_thread.run_sync(self._load, image.digest, explicit)
         if found is None:
             try:
-                with self._phases.timed(Phase.INDEX, answers=(NoIndex,)):
+                with self._phases.timed(Phase.INDEX, image.digest, answers=(NoIndex,)):
                     found = await find_index(self._artifacts, image, explicit=explicit, modes=self._modes)
             except SnapshotterError as error:
                 holds = _NO_INDEX_HOLDS_S if isinstance(error, NoIndex) else _FAILURE_HOLDS_S

@@ -25,6 +25,7 @@ from snapshotter import messages
 from snapshotter.counters import CounterPage
 from snapshotter.environment import child_environment
 from snapshotter.errors import ProcessFailed, RegistryError, SnapshotterError
+from snapshotter.events import Event, EventRing
 from snapshotter.fetch import control
 from snapshotter.fetch.counters import NAMES
 from snapshotter.registry.source import BlobSource
@@ -74,6 +75,7 @@ class FetcherProcess:
         self._on_complete = on_complete
         self._inherited = tuple(inherited_fds)
         self._counters = CounterPage.create("soci-fetcher-counters", NAMES)
+        self._events = EventRing.create("soci-events")
         self._layers: dict[Digest, bool] = {}
         self._openings: dict[Digest, _Opening] = {}
         self._outgoing: deque[tuple[control.FromDaemon, socket.socket | None]] = deque()
@@ -94,6 +96,14 @@ class FetcherProcess:
             return page.snapshot()
         finally:
             page.close()
+
+    def events(self) -> list[Event]:
+        """Return what the fetchers have told of, the oldest first."""
+        ring = EventRing(self._events, writable=False)
+        try:
+            return ring.snapshot()
+        finally:
+            ring.close()
 
     async def run(self) -> None:
         """Keep a fetcher running until cancelled; then it ends."""
@@ -162,13 +172,13 @@ class FetcherProcess:
         near, far = messages.pair()
         command = [
             sys.executable, "-m", "snapshotter.fetch", "--control", str(far.fileno()), "--root", str(self._root),
-            "--counters", str(self._counters), "--options", self._options,
+            "--counters", str(self._counters), "--events", str(self._events), "--options", self._options,
         ]  # fmt: skip
         with far:
             try:
                 self._process = subprocess.Popen(
                     command,
-                    pass_fds=[far.fileno(), self._counters, *self._inherited],
+                    pass_fds=[far.fileno(), self._counters, self._events, *self._inherited],
                     stdin=subprocess.DEVNULL,
                     env=child_environment(network=True),
                 )

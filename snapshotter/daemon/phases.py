@@ -10,13 +10,19 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 BUCKETS_S = tuple(2.0**exponent / 1000 for exponent in range(15))
 """Upper bounds, seconds: 1 ms to 16.384 s, which are the reference's; one more bucket takes the rest."""
+
+
+_STEPS_KEPT = 1024
+"""Some 8 for each layer; the largest images have a hundred layers."""
 
 
 class Phase(StrEnum):
@@ -47,27 +53,46 @@ class Timings:
     failures: int = 0
 
 
+class Step(NamedTuple):
+    """One phase that is over; `start` in seconds of `time.monotonic`."""
+
+    phase: Phase
+    about: str
+    """The layer's or the manifest's digest."""
+    start: float
+    seconds: float
+    failed: bool
+
+
 class Phases:
-    """The timings of every phase since the daemon's start."""
+    """The timings of every phase since the daemon's start, and the last steps one by one."""
 
     def __init__(self) -> None:
         self._timings = {phase: Timings() for phase in Phase}
+        self._steps: deque[Step] = deque(maxlen=_STEPS_KEPT)
         self._lock = threading.Lock()
 
     @contextmanager
-    def timed(self, phase: Phase, *, answers: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-        """Time what is done inside. What it raises goes on, and is a failure unless it is one of `answers`."""
+    def timed(self, phase: Phase, about: str, *, answers: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Time what is done inside for the digest `about`.
+
+        What it raises goes on, and is a failure unless it is one of `answers`.
+        """
         started = time.monotonic()
+        failed = True
         try:
             yield
+            failed = False
         except answers:
-            self.observe(phase, time.monotonic() - started)
+            failed = False
             raise
-        except BaseException:
+        finally:
+            seconds = time.monotonic() - started
             with self._lock:
-                self._timings[phase].failures += 1
-            raise
-        self.observe(phase, time.monotonic() - started)
+                self._steps.append(Step(phase, about, started, seconds, failed))
+                self._timings[phase].failures += failed
+            if not failed:
+                self.observe(phase, seconds)
 
     def observe(self, phase: Phase, seconds: float) -> None:
         """Count one that took `seconds`."""
@@ -75,6 +100,11 @@ class Phases:
             timings = self._timings[phase]
             timings.counts[bisect_left(BUCKETS_S, seconds)] += 1
             timings.sum_s += seconds
+
+    def steps(self) -> list[Step]:
+        """Return the last steps, the one that ended first being the first."""
+        with self._lock:
+            return list(self._steps)
 
     def snapshot(self) -> Mapping[Phase, Timings]:
         """Return a copy of the timings by phase."""

@@ -259,7 +259,7 @@ class Provider:
         if size.isdigit() and int(size) < self.settings.min_layer_size:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
-        with self._phases.timed(Phase.PROVIDE), trio.fail_after(self.settings.mount_timeout_s):
+        with self._phases.timed(Phase.PROVIDE, asked.layer), trio.fail_after(self.settings.mount_timeout_s):
             async with self._locks.hold(layer):
                 await self._artifacts.ensure(asked.image, layer, ztoc)
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
@@ -287,7 +287,7 @@ class Provider:
         await trio.to_thread.run_sync(self._store.record_mount, record)
         self._recorded[request.snapshot_id] = asked.layer
         try:
-            with self._phases.timed(Phase.MOUNT):
+            with self._phases.timed(Phase.MOUNT, asked.layer):
                 await self._keeper.mount(self._spec(request.snapshot_id, asked.layer, variant))
         except BaseException:
             del self._recorded[request.snapshot_id]
@@ -297,7 +297,7 @@ class Provider:
     async def _provide_locally(self, request: LayerRequest, asked: Asked, found: Found) -> Provided:
         try:
             parents = self._parents(request.parent_ids)
-            with self._phases.timed(Phase.UNPACK):
+            with self._phases.timed(Phase.UNPACK, asked.layer):
                 usage = await self._unpacker.unpack(
                     asked.image, found.manifest, asked.layer, request.directory, parents
                 )

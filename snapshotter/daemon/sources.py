@@ -57,7 +57,7 @@ class BlobSources:
         failure: RegistryError = BlobNotFound(f"no image is known that has layer {layer}")
         for image in reversed(tuple(self._images.get(layer, {}).values())):
             try:
-                with self._phases.timed(Phase.SOURCE):
+                with self._phases.timed(Phase.SOURCE, layer):
                     return await self._client.blob_source(image, layer, renew=renew)
             except RegistryError as error:
                 _log.warning(

@@ -62,21 +62,23 @@ class Status:
             "mounts": [_describe(each) for _id, each in sorted(self._keeper.mounts.items())],
         }
 
-    async def serve(self, path: Path) -> None:
-        """Answer on the socket at `path` until cancelled. Raises ConfigError, OSError."""
-        make_way(str(path), "--root")
-        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(8)
-        with listener:
-            await trio.serve_listeners(self._answer, [trio.SocketListener(listener)])
 
-    async def _answer(self, stream: trio.SocketStream) -> None:
+async def serve(path: Path, collect: Callable[[], Mapping[str, Any]]) -> None:
+    """Answer on the socket at `path` with what `collect` returns, until cancelled. Raises ConfigError, OSError."""
+    make_way(str(path), "--root")
+    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    await listener.bind(str(path))
+    path.chmod(0o600)
+    listener.listen(8)
+
+    async def answer(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):
-            report = await trio.to_thread.run_sync(self.collect)
+            report = await trio.to_thread.run_sync(collect)
             await stream.send_all(json.dumps(report).encode())
         await stream.aclose()
+
+    with listener:
+        await trio.serve_listeners(answer, [trio.SocketListener(listener)])
 
 
 def _describe(mountpoint: Mountpoint) -> dict[str, Any]:

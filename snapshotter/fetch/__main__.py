@@ -1,4 +1,4 @@
-"""The fetcher process: `python -m snapshotter.fetch --control FD --root PATH --counters FD --options JSON`.
+"""The fetcher process: `python -m snapshotter.fetch --control FD --root PATH --counters FD --events FD --options JSON`.
 
 It lives as long as the daemon at the other end of its control socket: when that hangs up, or on SIGTERM, the
 span files are marked clean and the process is gone, whatever its threads are doing. Killed in any other way it
@@ -21,6 +21,7 @@ import trio
 from snapshotter import logs
 from snapshotter.counters import CounterPage
 from snapshotter.errors import ConfigError
+from snapshotter.events import EventRing
 from snapshotter.fetch.counters import NAMES
 from snapshotter.fetch.options import Options
 from snapshotter.fetch.service import Service
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--control", type=int, required=True, help="descriptor of the control socket")
     parser.add_argument("--root", type=Path, required=True, help="state directory of the daemon")
     parser.add_argument("--counters", type=int, required=True, help="descriptor of the counter page")
+    parser.add_argument("--events", type=int, required=True, help="descriptor of the ring of events")
     parser.add_argument("--options", default="{}", help="options as a JSON object")
     chosen = parser.parse_args(arguments)
     try:
@@ -49,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL)
     use_one_heap()
     counters = CounterPage(chosen.counters, NAMES, writable=True)
-    service = Service(socket.socket(fileno=chosen.control), LayerStore(chosen.root), counters, options)
+    events = EventRing(chosen.events, writable=True)
+    service = Service(
+        socket.socket(fileno=chosen.control), LayerStore(chosen.root), counters, events, options
+    )
     trio.run(_until_terminated, service)
     logging.shutdown()
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import trio
 
 from snapshotter.counters import CounterPage
+from snapshotter.events import EventRing
 from snapshotter.fetch import control
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.link import Link
@@ -25,6 +26,7 @@ class Context:
 
     options: Options
     counters: CounterPage
+    events: EventRing
     tell_daemon: Callable[[control.FromFetcher], None]
     """Sends without waiting."""
     workers: WorkerPool
@@ -40,13 +42,18 @@ class Context:
 
     @classmethod
     def create(
-        cls, options: Options, counters: CounterPage, tell_daemon: Callable[[control.FromFetcher], None]
+        cls,
+        options: Options,
+        counters: CounterPage,
+        events: EventRing,
+        tell_daemon: Callable[[control.FromFetcher], None],
     ) -> Context:
         """Return a context for the trio run that this is called in."""
         token = trio.lowlevel.current_trio_token()
         return cls(
             options,
             counters,
+            events,
             tell_daemon,
             WorkerPool("span", options.worker_count(), token),
             WorkerPool("chore", 1, token),

@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from snapshotter.errors import RegistryUnavailable, SpanDigestMismatch
+from snapshotter.events import Kind
 from snapshotter.fetch import pipeline
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.flight import Flight, Stage
@@ -50,6 +51,12 @@ new request is hardly faster. No measurement behind it."""
 HOSTS_AT_ONCE = 4
 """Hosts that may be slow at once, each with all of its connections, before the layers of another wait. Nobody has
 been seen to pull from more."""
+
+_KIND_OF = {
+    Priority.ON_DEMAND: Kind.ON_DEMAND,
+    Priority.AHEAD: Kind.AHEAD,
+    Priority.BACKGROUND: Kind.BACKGROUND,
+}
 
 IDLE_SECONDS = 5.0
 """Time without a transfer after which memory is given back; a program that starts does not pause so long."""
@@ -318,6 +325,14 @@ class Downloads:
         self._count_bytes()
         self._context.link.ended(trio.current_time(), reader=not transfer.background)
         transfer.ended = True
+        self._context.events.add(
+            _KIND_OF[transfer.priority],
+            layer.digest,
+            trio.current_time() - transfer.started,
+            transfer.flights[0].span,
+            len(transfer.flights),
+            transfer.received,
+        )
         if outcome is None or transfer.received:
             self._hosts.answered(transfer.host)
         else:

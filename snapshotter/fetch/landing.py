@@ -23,6 +23,7 @@ from functools import partial
 import trio
 
 from snapshotter.errors import SnapshotterError, SpanInflateError
+from snapshotter.events import Kind
 from snapshotter.fetch import pipeline
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.counters import count_wait
@@ -96,13 +97,16 @@ class Landing:
         waiters = self._end(layer, flight)
         self._report(layer, flight.span, error, len(waiters))
         self._on_failure(layer, error)
-        for reader in waiters:
+        now = trio.current_time()
+        for reader, since in waiters.items():
+            self._context.events.add(Kind.WAIT_FAILED, layer.digest, now - since, flight.span)
             reader.send(Failed(flight.span, errno.EIO))
         self._on_change(layer)
 
     def expired(self, layer: ActiveLayer, flight: Flight[Reader], reader: Reader) -> None:
         """One waiter's time is up. A flight that is not under way ends with its last waiter."""
-        flight.waiters.pop(reader, None)
+        since = flight.waiters.pop(reader, trio.current_time())
+        self._context.events.add(Kind.WAIT_FAILED, layer.digest, trio.current_time() - since, flight.span)
         self._context.counters.add("budget_exceeded")
         self._context.counters.add("failures")
         log.warning(
@@ -181,14 +185,18 @@ class Landing:
         if waiters:
             self._context.counters.add("spans_lent")
         for reader, since in waiters.items():
-            count_wait(self._context.counters, now - since)
+            self._waited(layer, flight.span, now - since)
             reader.send(Lent(flight.span), fd)
         os.close(fd)
+
+    def _waited(self, layer: ActiveLayer, span: int, seconds: float) -> None:
+        count_wait(self._context.counters, seconds)
+        self._context.events.add(Kind.WAIT, layer.digest, seconds, span)
 
     def _landed(self, layer: ActiveLayer, flight: Flight[Reader]) -> None:
         now = trio.current_time()
         for reader, since in self._end(layer, flight).items():
-            count_wait(self._context.counters, now - since)
+            self._waited(layer, flight.span, now - since)
             reader.send(Ready(flight.span, flight.span + 1))
 
     def _end(self, layer: ActiveLayer, flight: Flight[Reader]) -> dict[Reader, float]:

@@ -16,6 +16,7 @@ import trio
 
 from snapshotter.counters import CounterPage
 from snapshotter.errors import SnapshotterError
+from snapshotter.events import EventRing
 from snapshotter.fetch import control
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.fetcher import Fetcher
@@ -30,12 +31,18 @@ class Service:
     """One fetcher at the end of one control socket."""
 
     def __init__(
-        self, sock: socket.socket, store: LayerStore, counters: CounterPage, options: Options
+        self,
+        sock: socket.socket,
+        store: LayerStore,
+        counters: CounterPage,
+        events: EventRing,
+        options: Options,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._store = store
         self._counters = counters
+        self._events = events
         self._options = options
         self._outgoing: deque[control.FromFetcher] = deque()
         self._something_to_send = trio.Event()
@@ -43,7 +50,7 @@ class Service:
 
     async def run(self) -> None:
         """Serve until the daemon hangs up, then leave the files clean and return at once."""
-        context = Context.create(self._options, self._counters, self._tell)
+        context = Context.create(self._options, self._counters, self._events, self._tell)
         fetcher = Fetcher(context, self._store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(context.timers.run)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeAlias
 
+import trio
+
 from snapshotter.fetch.flight import Flight
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.memory import Buffers
@@ -48,6 +50,7 @@ class Transfer:
         self.mirror = "" if layer.source.source is None else layer.source.source.mirror
         """The mirror that gave that source; empty for the registry itself."""
         self.host = layer.source.source.host if layer.source.source is not None else ""
+        self.started = trio.current_time()
         self.counted = 0
         """Bytes that the link's estimate and the counters know of."""
         self.admitted = 0

@@ -58,7 +58,7 @@ def with_status(
 async def answering(root: Path, status_: Status) -> AsyncIterator[None]:
     """Have the daemon answer on its socket."""
     async with background() as nursery:
-        nursery.start_soon(status_.serve, root / SOCKET_NAME)
+        nursery.start_soon(status.serve, root / SOCKET_NAME, status_.collect)
         with trio.fail_after(10):
             while not await trio.to_thread.run_sync(accepts_connections, root / SOCKET_NAME):
                 await trio.sleep(0.01)
@@ -173,7 +173,7 @@ def test_a_path_that_is_taken_by_something_else_is_named(workdir: Path) -> None:
 
     async def test(kept: Kept, status_: Status) -> None:
         with pytest.raises(ConfigError, match="not a socket"):
-            await status_.serve(workdir / SOCKET_NAME)
+            await status.serve(workdir / SOCKET_NAME, status_.collect)
 
     with_status(workdir, test)
 

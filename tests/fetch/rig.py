@@ -37,6 +37,7 @@ import trio
 
 from snapshotter import messages
 from snapshotter.counters import CounterPage
+from snapshotter.events import Event, EventRing
 from snapshotter.fetch import control
 from snapshotter.fetch.counters import NAMES
 from snapshotter.fetch.options import Options
@@ -139,6 +140,7 @@ class Rig:
         """What the registry calls the blob of each layer."""
         self._page = CounterPage.create("fetcher", NAMES)
         self._counters = CounterPage(self._page, NAMES, writable=False)
+        self._ring = EventRing.create("events")
         self._child: subprocess.Popen[bytes] | None = None
         self._hearing = threading.Event()
         self._hearing.set()
@@ -155,6 +157,7 @@ class Rig:
         self.stop()
         self._counters.close()
         os.close(self._page)
+        os.close(self._ring)
         if self.failure is not None:
             raise self.failure
 
@@ -174,7 +177,7 @@ class Rig:
     def _start_thread(self, theirs: socket.socket) -> None:
         options = Options(**{**OPTIONS, **self.options})
         page = CounterPage(self._page, NAMES, writable=True)
-        service = Service(theirs, self.store, page, options)
+        service = Service(theirs, self.store, page, EventRing(self._ring, writable=True), options)
 
         def run() -> None:
             try:
@@ -191,8 +194,16 @@ class Rig:
     def _start_process(self, theirs: socket.socket) -> None:
         options = json.dumps({**OPTIONS, **self.options, "log_level": "warning"})
         command = [sys.executable, "-m", "snapshotter.fetch", "--root", str(self.root)]
-        command += ["--control", str(theirs.fileno()), "--counters", str(self._page), "--options", options]
-        self._child = subprocess.Popen(command, pass_fds=(theirs.fileno(), self._page))
+        command += [
+            "--control",
+            str(theirs.fileno()),
+            "--counters",
+            str(self._page),
+            "--events",
+            str(self._ring),
+        ]
+        command += ["--options", options]
+        self._child = subprocess.Popen(command, pass_fds=(theirs.fileno(), self._page, self._ring))
         theirs.close()
 
     def kill(self) -> None:
@@ -328,6 +339,14 @@ class Rig:
     def count(self, name: str) -> int:
         """Return a counter of the fetcher."""
         return self._counters.snapshot()[name]
+
+    def events(self) -> list[Event]:
+        """Return what the fetchers have told of."""
+        ring = EventRing(self._ring, writable=False)
+        try:
+            return ring.snapshot()
+        finally:
+            ring.close()
 
     def wait_for(self, condition: Callable[[], object], what: str) -> None:
         """Wait until `condition` holds."""

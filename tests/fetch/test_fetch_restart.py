@@ -233,7 +233,19 @@ def _switches(pid: int) -> int:
 
 
 def test_wrong_options_end_the_process_with_a_reason() -> None:
-    command = [sys.executable, "-m", "snapshotter.fetch", "--control", "0", "--counters", "0", "--root", "/"]
+    command = [
+        sys.executable,
+        "-m",
+        "snapshotter.fetch",
+        "--control",
+        "0",
+        "--counters",
+        "0",
+        "--events",
+        "0",
+        "--root",
+        "/",
+    ]
     ended = subprocess.run([*command, "--options", '{"nonsense": 1}'], capture_output=True, check=False)
     assert ended.returncode == 78
     assert b"nonsense" in ended.stderr

@@ -93,6 +93,19 @@ def test_a_real_prometheus_scrapes_the_daemon(lazy: LazySystem, prometheus: str)
     assert len(by_image) == 1
 
 
+def test_the_last_start_can_be_looked_at(lazy: LazySystem, module_workdir: Path) -> None:
+    page = module_workdir / "start.html"
+    root = str(lazy.daemon.root)
+    said = lazy.soci("trace", "--root", root, "-o", str(page))
+    assert said.startswith("2 layers became lazy in")
+    assert "test/watched@sha256:" in page.read_text()
+    told = json.loads(lazy.soci("trace", "--root", root, "--json"))
+    assert len(told["layers"]) == 2
+    assert {"index", "ztoc", "compile", "mount", "provide"} <= {step["phase"] for step in told["steps"]}
+    assert sum(event["bytes"] for event in told["events"]) > 0
+    assert lazy.daemon.root.joinpath("trace.sock").stat().st_mode & 0o777 == 0o600
+
+
 def test_every_metric_is_documented(lazy: LazySystem) -> None:
     text = (MONITORING.parent / "metrics.md").read_text()
     documented = set(re.findall(r"`(soci_\w+)`", text))
