@@ -153,7 +153,7 @@ class App:
         self._fetcher = self._make_fetcher(sources, lock)
         self._keeper = self._make_keeper(holder, forker)
         store = SnapshotStore(metadata_path(root))
-        self._provider = self._make_provider(client, sources, forker, store, nursery)
+        self._provider = self._make_provider(client, sources, forker, store, nursery, lock)
         self._numbers = Numbers(
             keeper=self._keeper,
             fetcher=self._fetcher,
@@ -250,6 +250,7 @@ class App:
         forker: Forker,
         store: SnapshotStore,
         nursery: trio.Nursery,
+        lock: int,
     ) -> Provider:
         config, root = self._config, self._root
         layers = LayerStore(root, tidy=True)
@@ -266,7 +267,7 @@ class App:
             sources=sources,
             fetcher=self._fetcher,
             keeper=self._keeper,
-            unpacker=Unpacker(root, client),
+            unpacker=Unpacker(root, client, inherited_fds=[lock]),
             nursery=nursery,
             phases=self._phases,
         )

@@ -9,8 +9,10 @@ Concurrency: trio; as many layers at once as containerd prepares.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -44,7 +46,9 @@ _ANSWERS: dict[str, type[SnapshotterError]] = {
 class Unpacker:
     """Unpacks layers that cannot be lazy."""
 
-    def __init__(self, root: Path, client: RegistryClient) -> None:
+    def __init__(self, root: Path, client: RegistryClient, *, inherited_fds: Sequence[int] = ()) -> None:
+        self._inherited = tuple(inherited_fds)
+        """Files that tell the next daemon which processes of this one are left (`generation.py`)."""
         self._scratch = root / "scratch"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         self._client = client
@@ -102,10 +106,15 @@ class Unpacker:
             sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(blob), "--tar", str(tar),
             "--target", str(target), "--compression", compression, "--diff-id", diff_id,
         ]  # fmt: skip
-        result = await trio.run_process(
-            command, stdin=json.dumps(rows).encode(), capture_stdout=True, check=False, pass_fds=(blob, tar),
-            env=child_environment(),
-        )  # fmt: skip
+        lifeline, ours = os.pipe()
+        try:
+            result = await trio.run_process(
+                [*command, "--lifeline", str(lifeline)], stdin=json.dumps(rows).encode(), capture_stdout=True,
+                check=False, pass_fds=(blob, tar, lifeline, *self._inherited), env=child_environment(),
+            )  # fmt: skip
+        finally:
+            os.close(lifeline)
+            os.close(ours)
         try:
             answer = json.loads(result.stdout)
         except ValueError:

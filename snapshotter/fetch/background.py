@@ -2,11 +2,12 @@
 
     opened          every missing span is queued, in the order of first use that was recorded, then in tar order
     suspect spans   are hashed one at a time, so that a host that has just booted is not busy with that
-    all there       the blob is hashed once more as a whole: with the layer's digest it is verified, and
-                    the network is never needed for it again
+    all there       the blob is hashed once more as a whole, and inflated as a whole: with the layer's digest, and
+                    with the content that its spans have, it is verified. What was found is synced to the disk, and
+                    the network is never needed for the layer again
 
-Every span having its digest does not prove the whole: the bytes before span 0 have none, and a zTOC may have
-been made of another blob. When the whole does not match although every byte has come from the registry, nothing
+Every span having its digest does not prove the whole: the bytes before span 0 have none, a zTOC may have
+been made of another blob, and its windows may be wrong. When the whole does not match although every byte has come from the registry, nothing
 stored is trusted any more, the layer is not completed again by this process, and readers go on being served
 span by span.
 
@@ -19,10 +20,12 @@ Concurrency: the main loop only; the hashing is done by the chore thread.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from snapshotter.counters import CounterPage
 from snapshotter.fetch import control, pipeline
 from snapshotter.fetch.context import Context
 from snapshotter.fetch.flight import Flight
@@ -33,6 +36,24 @@ from snapshotter.fetch.schedule import Priority
 from snapshotter.layer.spans import SpanState
 
 log = logging.getLogger(__name__)
+
+
+class Pause:
+    """Lets readers go first: a pause between two spans while they are asking. For the chore thread."""
+
+    SECONDS = 0.05
+    """A few spans' worth of inflating on one core."""
+
+    def __init__(self, counters: CounterPage) -> None:
+        self._words = counters.words
+        self._index = counters.index("wants")
+        self._seen = self._words[self._index]
+
+    def __call__(self) -> None:
+        """Wait a little if a reader has asked for something since the last call."""
+        if self._words[self._index] != self._seen:
+            self._seen = self._words[self._index]
+            time.sleep(self.SECONDS)
 
 
 class Background:
@@ -66,7 +87,9 @@ class Background:
             layer.verifying = True
             layer.pin()
             self._context.chores.submit(
-                0, partial(pipeline.blob_has_digest, layer.files), partial(self._hashed, layer)
+                0,
+                partial(pipeline.is_whole, layer.files, Pause(self._context.counters)),
+                partial(self._hashed, layer, layer.evictions),
             )
 
     def _check_next(self) -> None:
@@ -87,10 +110,10 @@ class Background:
                 self._landing.work_on(layer, flight)
                 return
 
-    def _hashed(self, layer: ActiveLayer, matches: bool | Exception) -> None:
+    def _hashed(self, layer: ActiveLayer, evictions: int, wrong: str | Exception) -> None:
         layer.verifying = False
-        if not layer.closed:
-            if matches is True:
+        if not layer.closed and layer.evictions == evictions:
+            if wrong == "":
                 self._verified(layer)
             elif not layer.header_fresh:
                 layer.files.states.set_header_fetched(False)
@@ -99,7 +122,7 @@ class Background:
                     self._context.schedule.want(layer.digest, 0, Priority.BACKGROUND)
                     self._pump()
             else:
-                self._mismatched(layer, matches)
+                self._mismatched(layer, wrong)
         layer.unpin()
 
     def _verified(self, layer: ActiveLayer) -> None:
@@ -107,16 +130,27 @@ class Background:
         states.set_header_fetched(True)
         states.set_complete(True)
         states.set_verified(True)
-        self._context.counters.add("layers_verified")
-        log.info("layer complete and verified", extra={"layer": layer.digest})
-        self._context.tell_daemon(control.Complete(layer.digest, verified=True))
+        layer.pin()
+        self._context.chores.submit(
+            0, partial(pipeline.make_durable, layer.files), partial(self._durable, layer)
+        )
 
-    def _mismatched(self, layer: ActiveLayer, reason: bool | Exception) -> None:
+    def _durable(self, layer: ActiveLayer, outcome: Exception | None) -> None:
+        """The states are on disk too: now the layer is worth a word."""
+        if outcome is not None:
+            log.warning("span states not synced", extra={"layer": layer.digest, "reason": str(outcome)})
+        if not layer.closed and layer.files.states.verified:
+            self._context.counters.add("layers_verified")
+            log.info("layer complete and verified", extra={"layer": layer.digest})
+            self._context.tell_daemon(control.Complete(layer.digest, verified=True))
+        layer.unpin()
+
+    def _mismatched(self, layer: ActiveLayer, reason: str | Exception) -> None:
         layer.mismatched = True
         self._context.counters.add("layers_mismatched")
         log.error(
             "complete layer does not have its digest; its zTOC was made of another blob, or the disk is failing",
-            extra={"layer": layer.digest, "reason": str(reason) if isinstance(reason, Exception) else ""},
+            extra={"layer": layer.digest, "reason": str(reason)},
         )
         self._context.schedule.stop_background(layer.digest)
         for span in range(layer.files.span_count):

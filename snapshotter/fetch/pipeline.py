@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -26,7 +26,8 @@ from snapshotter.fetch.layerstate import LayerFiles
 from snapshotter.layer.holes import punch_hole
 from snapshotter.layer.spans import SpanState
 from snapshotter.units import sha256_digest
-from snapshotter.ztoc.inflate import inflate_span
+from snapshotter.ztoc.inflate import decompress_stream, inflate_span
+from snapshotter.ztoc.model import Algorithm
 from snapshotter.ztoc.spans import Span
 
 WINDOW_SIZE = 32768
@@ -141,9 +142,63 @@ def checksum_of(data: bytes | bytearray | memoryview) -> int:
 def blob_has_digest(files: LayerFiles) -> bool:
     """Return whether the whole blob has the layer's digest, reading it in bounded memory. Raises OSError."""
     hasher = hashlib.sha256()
-    for start in range(0, files.compressed_size, PIECE):
-        hasher.update(_read(files.blob_fd, start, min(start + PIECE, files.compressed_size)))
+    for piece in _pieces(files.blob_fd, files.compressed_size):
+        hasher.update(piece)
     return f"sha256:{hasher.hexdigest()}" == files.digest
+
+
+def is_whole(files: LayerFiles, pause: Callable[[], None]) -> str:
+    """Return what is wrong with a layer of which everything is stored; nothing when it is right, and on disk for good.
+
+    Two proofs: the blob has the layer's digest; and inflating it from its beginning, as an ordinary pull does,
+    gives the bytes that its spans give one by one, so that the diffID is that of what is served. (A zTOC whose
+    windows are wrong passes every other check.) `pause` is called between two spans. Raises OSError.
+    """
+    if not blob_has_digest(files):
+        return "the blob does not have the layer's digest"
+    try:
+        if not files.shared and not _spans_are_the_stream(files, pause):
+            return "its spans do not inflate to what the blob unpacks to"
+    except CorruptData as error:
+        return f"the blob does not unpack: {error}"
+    os.fdatasync(files.blob_fd)
+    return ""
+
+
+def make_durable(files: LayerFiles) -> None:
+    """Have the span states, and the names of the layer's files, on disk. Raises OSError."""
+    for path, flags in ((files.paths.spans, os.O_RDONLY), (files.paths.directory, os.O_DIRECTORY)):
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _spans_are_the_stream(files: LayerFiles, pause: Callable[[], None]) -> bool:
+    """Compare the blob inflated from its beginning with its spans inflated one by one, in bounded memory."""
+    compression = "gzip" if files.algorithm is Algorithm.GZIP else "uncompressed"
+    stream = decompress_stream(_pieces(files.blob_fd, files.compressed_size), compression)
+    ahead = b""
+    for number in range(files.span_count):
+        span = files.span(number)
+        expected = memoryview(
+            inflated(files, span, _read(files.blob_fd, span.compressed_start, span.compressed_end))
+        )
+        while expected:
+            if not ahead:
+                ahead = next(stream, b"")
+            count = min(len(ahead), len(expected))
+            if not count or ahead[:count] != expected[:count]:
+                return False
+            ahead, expected = ahead[count:], expected[count:]
+        pause()
+    return True
+
+
+def _pieces(fd: int, size: int) -> Iterator[bytes]:
+    for start in range(0, size, PIECE):
+        yield _read(fd, start, min(start + PIECE, size))
 
 
 def inflated(files: LayerFiles, span: Span, compressed: bytes | memoryview) -> bytes | memoryview:

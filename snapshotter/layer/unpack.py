@@ -1,6 +1,6 @@
 """Unpacking one layer as ordinary files, in a process of its own: for layers that no zTOC describes.
 
-    python -m snapshotter.layer.unpack --blob FD --tar FD --target DIR --compression C --diff-id D < PARENTS
+    python -m snapshotter.layer.unpack --blob FD --tar FD --lifeline FD --target DIR --compression C --diff-id D < PARENTS
 
 Decompresses the blob into the (temporary, empty) tar file, checks the diffID, and writes the files with the
 same rules that lazy layers follow (`layer/apply.py`), so that lazy and unpacked layers of one image fit
@@ -9,16 +9,21 @@ together. Prints one JSON object: {"size": bytes, "inodes": n}, or {"error": cla
 It runs as root, because it makes devices and owners; it leaves the network first. Foreign bytes are parsed
 here, where a crash costs one layer.
 
-Concurrency: one process, one layer.
+It ends when its parent does: the other end of `lifeline`, a pipe, is closed then. What it leaves half done is a
+snapshot that was never committed, which the next daemon removes.
+
+Concurrency: one process, one layer; a thread that waits for the end of the parent.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,12 +64,13 @@ def unpack(
 def main(argv: list[str]) -> int:
     """Run the program; the parents, nearest first, are a JSON list on stdin."""
     parser = argparse.ArgumentParser(prog="unpack")
-    for name in ("--blob", "--tar"):
+    for name in ("--blob", "--tar", "--lifeline"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--compression", required=True)
     parser.add_argument("--diff-id", type=parse_digest, required=True)
     told = parser.parse_args(argv)
+    threading.Thread(target=_end_with_parent, args=(told.lifeline,), daemon=True).start()
     parents = [Parent(**{kind: Path(path) for kind, path in row.items()}) for row in json.load(sys.stdin)]
     try:
         _leave_network()
@@ -84,6 +90,13 @@ def main(argv: list[str]) -> int:
         return 1
     print(json.dumps({"size": usage.size, "inodes": usage.inodes}))
     return 0
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """Wait for the end of the pipe, and end at once: whoever the result is for is gone."""
+    with contextlib.suppress(OSError):
+        os.read(lifeline, 1)
+    os._exit(1)
 
 
 def _leave_network() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from snapshotter.fetch import control, trace
 from snapshotter.layer import wire
+from snapshotter.layer.compile import compile_tree
 from snapshotter.layer.spans import SpanState
+from snapshotter.units import sha256_digest
+from snapshotter.ztoc.parse import parse
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Layer, Rig, make_layer, misnamed, settle
 from tests.support.registry import FlipByte, Registry, Stall, Status
@@ -167,6 +171,27 @@ def test_a_blob_that_is_not_the_layer_is_dropped_and_not_tried_for_ever(
         assert server.read(span) == layer.content(span), "readers are served all the same"
     settle()
     assert len(rig.completions) == 1
+
+
+def with_wrong_windows(layer: Layer) -> Layer:
+    """Return `layer` with a zTOC whose windows are wrong: every digest in it is still right."""
+    data = bytearray(layer.ztoc)
+    for start in (span.window_offset for span in layer.spans if span.window_offset >= 0):
+        data[start : start + 32768] = bytes(byte ^ 0xFF for byte in data[start : start + 32768])
+    ztoc = bytes(data)
+    return replace(layer, ztoc=ztoc, tree=compile_tree(parse(ztoc), ztoc_digest=sha256_digest(ztoc)))
+
+
+def test_a_ztoc_that_makes_other_files_of_the_right_blob_is_noticed_by_the_whole(
+    rig: Rig, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("complete layer does not have its digest")
+    layer = rig.add(with_wrong_windows(make_layer(seed=3)))
+    rig.open(layer, background=True)
+    rig.wait_for(lambda: rig.completions, "a verdict")
+    assert rig.completions == [control.Complete(layer.digest, verified=False)]
+    assert rig.count("layers_mismatched") == 1
+    assert rig.count("digest_mismatches") == 0
 
 
 def test_a_wrong_byte_in_front_of_span_0_is_noticed_by_the_whole(

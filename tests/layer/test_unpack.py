@@ -8,7 +8,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,33 @@ def unpack(
     content = blob.content if data is None else data
     assert isinstance(content, bytes)
     rows = [{"tree": str(p.tree)} if p.tree else {"directory": str(p.directory)} for p in parents]
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as scratch:
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as scratch, pipe() as (lifeline, _):
         source.write(content)
         source.flush()
         result = subprocess.run(
             [
                 sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(source.fileno()),
                 "--tar", str(scratch.fileno()), "--target", str(target), "--compression", compression,
-                "--diff-id", diff_id or blob.diff_id,
+                "--diff-id", diff_id or blob.diff_id, "--lifeline", str(lifeline),
             ],
             input=json.dumps(rows).encode(), capture_output=True, check=False,
-            pass_fds=(source.fileno(), scratch.fileno()),
+            pass_fds=(source.fileno(), scratch.fileno(), lifeline),
         )  # fmt: skip
     answer: dict[str, Any] = json.loads(result.stdout)
     assert result.returncode == (1 if "error" in answer else 0)
     assert result.stderr == b""
     return answer
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """Give the two ends of a pipe."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def below(directory: Path) -> set[str]:
@@ -82,6 +94,24 @@ def unpacked_parent(path: Path, entries: Iterable[Named]) -> Parent:
     path.mkdir()
     assert "error" not in unpack(layer(entries), path)
     return Parent(directory=path)
+
+
+def test_it_ends_with_its_parent(target: Path) -> None:
+    lifeline, end = os.pipe()
+    command = [
+        sys.executable, "-m", "snapshotter.layer.unpack", "--blob", "0", "--tar", "0", "--lifeline", str(lifeline),
+        "--target", str(target), "--compression", "gzip", "--diff-id", "sha256:" + "1" * 64,
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lifeline]
+    ) as child:
+        os.close(lifeline)
+        assert child.poll() is None, "it waits for its input"
+        os.close(end)  # as the kernel does for a parent that is killed
+        assert child.wait(20) == 1
+        assert child.stdout is not None
+        assert child.stdout.read() == b""
+    assert below(target) == set()
 
 
 @pytest.mark.parametrize("compression", ["gzip", "members", "zstd", "uncompressed"])
