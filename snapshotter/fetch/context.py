@@ -57,5 +57,9 @@ class Context:
             tell_daemon,
             WorkerPool("span", options.worker_count(), token),
             WorkerPool("chore", 1, token),
-            Link(max_width=options.background_connections, max_range=options.range_max_bytes),
+            Link(
+                max_width=options.background_connections,
+                max_range=options.range_max_bytes,
+                quiet_s=options.background_quiet_s,
+            ),
         )

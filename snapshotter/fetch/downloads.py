@@ -228,7 +228,7 @@ class Downloads:
     def _pump_when_quiet(self, now: float) -> None:
         """Come back when readers have been quiet: nothing else would wake the background then."""
         quiet_at = self._context.link.quiet_at()
-        if quiet_at > max(now, self._quiet_timer):
+        if quiet_at > now >= self._quiet_timer:
             self._quiet_timer = quiet_at
             self._context.timers.at(quiet_at, self.pump)
 
@@ -248,7 +248,7 @@ class Downloads:
         self._under_way.update(dict.fromkeys(flights, transfer))
         self._transfers[transfer] = None
         self._reserved += transfer.size
-        self._context.link.started(trio.current_time())
+        self._context.link.started(trio.current_time(), reader=not transfer.background)
         self._context.counters.add("background_ranges" if transfer.background else "ondemand_ranges")
         layer.pin()
         self._pools[transfer.background].submit(

@@ -60,6 +60,9 @@ class Fetcher:
         layer = await self._layer(digest)
         if background and not layer.background:
             layer.background = True
+            self._context.link.active(
+                trio.current_time()
+            )  # a layer is mounted because it is about to be read
             self._background.start(layer)
             self._pump()
 
@@ -154,6 +157,7 @@ class Fetcher:
 
     def _message(self, layer: ActiveLayer, reader: Reader, message: Message) -> None:
         """Deal with one message. Raises ValueError when no server would send it."""
+        self._context.link.active(trio.current_time())
         match message:
             case Want(first, end, _):
                 self._demand.want(layer, reader, message)

@@ -7,9 +7,9 @@ of the last samples, but their upper quartile.
 
 Two modes. While nobody reads, the background may use all of the link: ranges long enough that the round
 trip does not matter, and as many at once as have been seen to help (the width is tried upwards, and taken
-back when the rate does not follow). While somebody reads, and a moment after, it may use what readers leave:
-one short range, and none as long as readers alone fill the link. What is already under way is never
-abandoned for that; it is short enough to be over soon.
+back when the rate does not follow). While somebody reads, and a while after, it rests: a program that starts needs
+the processors at least as much as the link. If that goes on for long, it gets one short range now and then. What
+is already under way is never abandoned; it is short enough to be over soon.
 
 Concurrency: the main loop only.
 """
@@ -36,10 +36,11 @@ RANGE_SECONDS = 0.3
 """Time one background range should take when nobody reads: fifteen round trips of 20 ms."""
 
 BESIDE_SECONDS = 0.05
-"""The same while somebody reads: the most that an on-demand range is held up by one that is under way."""
+"""The same for a range beside readers: the most that an on-demand range is held up by one that is under way."""
 
-QUIET_SECONDS = 0.2
-"""Readers count as active so long after their last transfer: a program computes between two page faults."""
+PATIENT_SECONDS = 10.0
+"""The background waits no longer than this for readers to become quiet. No measurement behind it: it is longer than
+a program starts, and lets a layer that is always read from become complete all the same."""
 
 MIN_RANGE = MIB
 """Below this a range is mostly round trip; a slow link has fewer of them rather than shorter ones. The first
@@ -69,7 +70,8 @@ class Allowance:
 class Link:
     """Estimates one link from the transfers of one process."""
 
-    def __init__(self, *, max_width: int, max_range: int) -> None:
+    def __init__(self, *, max_width: int, max_range: int, quiet_s: float) -> None:
+        self._quiet_s = quiet_s
         self._max_width = max_width
         self._max_range = max_range
         self._samples: deque[float] = deque(maxlen=SAMPLES)
@@ -83,6 +85,8 @@ class Link:
         """Mean rate of one range fewer, while a width is on trial; 0 when none is."""
         self._patience = 0
         self._readers_until = float("-inf")
+        self._background_since = float("-inf")
+        """When the background last had a range, or nothing to wait for."""
 
     @property
     def rate(self) -> float:
@@ -94,11 +98,19 @@ class Link:
         """Background ranges at once while nobody reads."""
         return self._width
 
-    def started(self, now: float) -> None:
-        """A transfer begins."""
+    def active(self, now: float) -> None:
+        """Somebody reads, or is about to."""
+        if now >= self._readers_until:
+            self._background_since = now
+        self._readers_until = now + self._quiet_s
+
+    def started(self, now: float, *, reader: bool) -> None:
+        """A transfer begins; `reader` says that it is for one, or ahead of one."""
         if self._transfers == 0:
             self._busy_since = now
         self._transfers += 1
+        if not reader:
+            self._background_since = now
 
     def received(self, now: float, size: int) -> None:
         """`size` more bytes have come on one of the transfers."""
@@ -106,17 +118,17 @@ class Link:
         self._sample(now)
 
     def ended(self, now: float, *, reader: bool) -> None:
-        """A transfer is over; `reader` says that somebody was blocked on it."""
+        """A transfer is over."""
         self._sample(now)
         self._transfers -= 1
         if self._transfers == 0:
             self._window_busy += now - self._busy_since
         if reader:
-            self._readers_until = now + QUIET_SECONDS
+            self.active(now)
 
     def quiet_at(self) -> float:
-        """Return the time from which readers no longer count as active, if none begins until then."""
-        return self._readers_until
+        """Return the time from which the background has a range to expect, if no reader comes until then."""
+        return min(self._readers_until, self._background_since + PATIENT_SECONDS)
 
     def background(self, now: float, *, reader_bytes: int) -> Allowance:
         """Return what the background may have under way while `reader_bytes` are on their way to readers."""
@@ -125,10 +137,9 @@ class Link:
             share = int(rate * RANGE_SECONDS) if rate else 2 * MIN_RANGE * self._width
             ranges = min(max(share // MIN_RANGE, 1), self._width)
             return Allowance(ranges, min(max(share // ranges, MIN_RANGE), self._max_range))
-        share = int(rate * BESIDE_SECONDS)
-        if reader_bytes > share:
+        if now < self._background_since + PATIENT_SECONDS:
             return Allowance(0, 0)
-        return Allowance(1, min(max(share, MIN_RANGE // 4), self._max_range))
+        return Allowance(1, min(max(int(rate * BESIDE_SECONDS), MIN_RANGE // 4), self._max_range))
 
     def ahead_room(self, in_flight: int) -> int:
         """Return how many bytes may be asked for ahead of readers while `in_flight` bytes are on their way."""

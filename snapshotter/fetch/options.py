@@ -49,6 +49,9 @@ class Options:
     """What becomes of reads while no source of their layer can be reached: `wait` or `eio`."""
     range_timeout_s: float = 300.0
     """The longest that one request for a range may take."""
+    background_quiet_s: float = 3.0
+    """Readers count as active so long after a message or a transfer of theirs, and after a layer was opened: a program
+    that starts computes for seconds between two spans that it needs (docs/performance.md has the sweep)."""
     background_pause_s: float = 30.0
     """How long a layer's background rests after a failure that a retry cannot help, or a full disk."""
     cache_max_bytes: int = 0

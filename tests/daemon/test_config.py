@@ -29,7 +29,7 @@ def test_an_empty_file_is_the_defaults(file: Path) -> None:
 def test_the_defaults_that_others_rely_on() -> None:
     config = Config()
     assert config.fuse.idle_timeout_sec == 60.0
-    assert config.fuse.read_ahead_kb == 128
+    assert config.fuse.read_ahead_kb == 512
     assert config.fuse.read_budget_sec == 60.0
     assert config.cache.max_bytes == 0
     assert config.fetch.inflight_max_bytes == 64 << 20

@@ -61,7 +61,12 @@ PATIENCE = 20.0
 TRIES = 8
 """Times that a server asks for a span that is evicted in between."""
 
-OPTIONS: Mapping[str, Any] = {"log_level": "debug", "read_budget_s": PATIENCE / 2, "read_timeout_s": 3.0}
+OPTIONS: Mapping[str, Any] = {
+    "log_level": "debug",
+    "read_budget_s": PATIENCE / 2,
+    "read_timeout_s": 3.0,
+    "background_quiet_s": 0.1,
+}
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from snapshotter.fetch.link import MIN_RANGE, PATIENCE, QUIET_SECONDS, TRIAL, Link
+from snapshotter.fetch.link import MIN_RANGE, PATIENCE, PATIENT_SECONDS, TRIAL, Link
 
 MIB = 1 << 20
+QUIET_SECONDS = 1.0
 
 
 def link(max_width: int = 4, max_range: int = 8 * MIB) -> Link:
-    return Link(max_width=max_width, max_range=max_range)
+    return Link(max_width=max_width, max_range=max_range, quiet_s=QUIET_SECONDS)
 
 
 def feed(model: Link, start: float, seconds: float, rate: float, transfers: int = 1) -> float:
     """Let `rate` bytes per second arrive for `seconds` on so many transfers; return the time afterwards."""
     steps = max(int(seconds / 0.02), 1)
     for _ in range(transfers):
-        model.started(start)
+        model.started(start, reader=False)
     for step in range(1, steps + 1):
         model.received(start + step * 0.02, int(rate * 0.02))
     end = start + steps * 0.02
@@ -71,35 +72,45 @@ def test_a_slow_link_has_one_range_at_a_time() -> None:
     assert model.background(now, reader_bytes=0).ranges == 1
 
 
-def test_a_reader_leaves_the_background_nothing_of_a_link_that_it_fills() -> None:
+def test_the_background_rests_while_somebody_reads_and_a_while_after() -> None:
     model = link()
-    assert model.background(0.0, reader_bytes=1).ranges == 0, "unknown link: the reader has it alone"
-    now = feed(model, 0.0, 1.0, 10 * MIB)
+    now = feed(model, 0.0, 1.0, 100 * MIB)
+    model.active(now)
+    model.started(now, reader=True)
     assert model.background(now, reader_bytes=1 * MIB).ranges == 0
-
-
-def test_beside_a_reader_that_leaves_room_one_short_range_runs() -> None:
-    model = link()
-    now = feed(model, 0.0, 1.0, 100 * MIB)
-    allowance = model.background(now, reader_bytes=1 * MIB)
-    assert allowance.ranges == 1
-    assert allowance.size == pytest.approx(5 * MIB, rel=0.1)
-
-
-def test_readers_count_as_active_for_a_moment_after_their_last_transfer() -> None:
-    model = link()
-    now = feed(model, 0.0, 1.0, 100 * MIB)
-    model.started(now)
     model.ended(now + 0.1, reader=True)
     assert model.quiet_at() == pytest.approx(now + 0.1 + QUIET_SECONDS)
-    assert model.background(now + 0.2, reader_bytes=0).ranges == 1
+    assert model.background(now + 0.2, reader_bytes=0).ranges == 0
     assert model.background(model.quiet_at(), reader_bytes=0).ranges == 2
+
+
+def read_on(model: Link, now: float, seconds: float) -> float:
+    """Let somebody read without a pause for so long; return the time afterwards."""
+    for _ in range(int(seconds / 0.1)):
+        model.active(now)
+        now += 0.1
+    return now
+
+
+def test_beside_somebody_who_reads_for_long_one_short_range_runs_now_and_then() -> None:
+    model = link()
+    now = feed(model, 0.0, 1.0, 100 * MIB)
+    begun = now
+    now = read_on(model, now, PATIENT_SECONDS - 0.5)
+    assert model.background(now, reader_bytes=1 * MIB).ranges == 0
+    assert model.quiet_at() == pytest.approx(begun + PATIENT_SECONDS)
+    now = read_on(model, now, 1.0)
+    allowance = model.background(now, reader_bytes=1 * MIB)
+    assert (allowance.ranges, allowance.size) == (1, pytest.approx(5 * MIB, rel=0.1))
+    model.started(now, reader=False)
+    model.ended(now + 0.05, reader=False)
+    assert model.background(read_on(model, now, 1.0), reader_bytes=1 * MIB).ranges == 0
 
 
 def test_a_burst_that_waited_in_the_socket_is_not_taken_for_the_rate() -> None:
     model = link()
     now = 0.0
-    model.started(now)
+    model.started(now, reader=False)
     for step in range(1, 13):
         now += 0.25
         model.received(now, 8 * MIB if step == 6 else (0 if step == 5 else int(1.25 * MIB)))

@@ -40,7 +40,7 @@ class FuseConfig:
         minimum=0.1,
     )
     read_ahead_kb: int = value(
-        128, "The kernel's readahead on a lazy mount.", unit="KiB", minimum=0, maximum=65536
+        512, "The kernel's readahead on a lazy mount.", unit="KiB", minimum=0, maximum=65536
     )
     read_budget_sec: float = value(
         60.0,
