@@ -51,7 +51,9 @@ def table_of(text: str, key: tuple[str, ...]) -> str:
         names.insert(-1, '"registry.example.com"')
     if names[-1:] == ["decompress_streams"]:
         names.append("gzip")
-    start = text.index(f"[{'.'.join(names)}]") + 1 if names else 0
+    # At the beginning of a line: what is said of other keys may name a table too.
+    header = re.search(rf"^#?\[?\[{re.escape('.'.join(names))}\]", text, re.MULTILINE)
+    start = header.end() if names and header is not None else 0
     end = re.search(r"^#?\[", text[start:], re.MULTILINE)
     return text[start : start + end.start()] if end else text[start:]
 
