@@ -11,6 +11,7 @@ one aligned 64-bit word.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -29,9 +30,10 @@ class CounterPage:
 
     @staticmethod
     def create(label: str, names: Sequence[str]) -> int:
-        """Return the descriptor of a new page, all zero. The caller owns it."""
-        fd = os.memfd_create(label, os.MFD_CLOEXEC)
+        """Return the descriptor of a new page, all zero, of a size that nobody can change. The caller owns it."""
+        fd = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, max(8 * len(names), 8))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return fd
 
     def index(self, name: str) -> int:

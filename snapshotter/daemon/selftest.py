@@ -1,6 +1,6 @@
 """The start-up test: mount, adopt and read a tiny layer, before anything is promised to containerd.
 
-Laziness leans on the kernel (FUSE_NOTIFY_RESEND), on the right to mount, and on one private name of pyfuse3.
+Laziness leans on the kernel's protocol, on the right to mount, and on one private name of pyfuse3.
 Whether they are there is found out by doing the whole thing once; if it fails, nothing is lazy on this host,
 images are pulled in full, and the log and `status` name the reason.
 
@@ -52,8 +52,6 @@ async def find_obstacle(keeper: Keeper, directory: Path) -> str:
     except (SnapshotterError, OSError, ValueError) as error:
         return f"cannot mount: {error}"
     try:
-        if not mountpoint.init.has_resend:
-            return "this kernel cannot send FUSE requests again (FUSE_NOTIFY_RESEND came with Linux 6.9)"
         with trio.fail_after(_TIMEOUT_S):
             result = await trio.run_process(
                 ["cat", f"{spec.target}/hello"], capture_stdout=True, capture_stderr=True, check=False

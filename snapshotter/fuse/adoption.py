@@ -4,7 +4,8 @@ The mount exists, FUSE_INIT is answered long ago, and libfuse wants neither: it 
 itself (but accepts `/dev/fd/N` as something mounted already) and on seeing an INIT. So it is given one end
 of a socket pair as its device, we send the kernel's INIT into the other end, libfuse answers there, and
 then the real descriptor is put in the socket's place with dup2. The last step asks the kernel for every
-request that a predecessor left unanswered (FUSE_NOTIFY_RESEND).
+request that a predecessor left unanswered (FUSE_NOTIFY_RESEND), or, where the kernel is too old for that, finds them
+in the mount's journal; from then on a relay (snapshotter/fuse/relay.py) does the reading.
 
 This leans on one private name of pyfuse3, the module global `_wait_fuse_readable`, which its session loop
 looks up before each read; hence the exact pin of pyfuse3, and the daemon's start-up test.
@@ -17,6 +18,7 @@ Concurrency: one session per process (pyfuse3 keeps it in C globals); call `adop
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -26,6 +28,7 @@ import pyfuse3
 import trio
 
 from snapshotter.fuse import kernel
+from snapshotter.fuse.relay import Relay
 
 _INIT_UNIQUE = 2
 
@@ -37,28 +40,28 @@ _BURST = 32
 millisecond of work. Unmeasured; anything from 8 to 128 would do."""
 
 
-def adopt(operations: pyfuse3.Operations, fuse_fd: int, init: kernel.Init) -> int:
-    """Make `operations` answer the mount behind `fuse_fd` once `pyfuse3.main` runs.
+def adopt(
+    operations: pyfuse3.Operations, fuse_fd: int, init: kernel.Init, relay: Relay | None = None
+) -> None:
+    """Make `operations` answer the mount behind `fuse_fd` once `pyfuse3.main` runs; the relay's copy stays the caller's.
 
-    Returns the descriptor number on which libfuse now reads; `fuse_fd` itself is closed when it is in
-    place. Raises RuntimeError when libfuse does not play along.
+    Raises RuntimeError when libfuse does not play along.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     device = near.detach()
     pyfuse3.init(operations, f"/dev/fd/{device}", {"fsname=soci"})
     far.send(kernel.synthetic_init(_INIT_UNIQUE, init))
-    _install_hook(_Takeover(device, fuse_fd, far, init))
-    return device
+    _install_hook(_Takeover(device, fuse_fd, far, relay))
 
 
 class _Takeover:
     """The replacement of pyfuse3's wait: two special turns, then a faster version of the original."""
 
-    def __init__(self, device: int, fuse_fd: int, far: socket.socket, init: kernel.Init) -> None:
+    def __init__(self, device: int, fuse_fd: int, far: socket.socket, relay: Relay | None) -> None:
         self._device = device
         self._fuse_fd = fuse_fd
         self._far = far
-        self._init = init
+        self._relay = relay
         self._original: Callable[[], Awaitable[bool]] = getattr(pyfuse3, _HOOK)
         self._poll = select.poll()
         self._left = _BURST
@@ -72,13 +75,26 @@ class _Takeover:
         if self._turn == 1:
             self._turn = 2
             self._take_over()
+        if self._relay is not None and self._relay.replay():
+            return True
         while True:
             if self._poll.poll(0):
                 self._left -= 1
                 if self._left:
-                    return True
-                self._left = _BURST
-                await trio.lowlevel.checkpoint()
+                    if self._relay is None:
+                        return True
+                    try:
+                        if self._relay.take():
+                            return True
+                    except InterruptedError:
+                        pass  # the request was withdrawn; see spanlink
+                    except OSError as error:
+                        if error.errno == errno.ENODEV:
+                            return False
+                        raise
+                else:
+                    self._left = _BURST
+                    await trio.lowlevel.checkpoint()
             elif not await self._original():
                 return False
 
@@ -86,12 +102,14 @@ class _Takeover:
         length, error, unique = kernel.OUT_HEADER.unpack_from(self._far.recv(4096))
         if error or unique != _INIT_UNIQUE:
             raise RuntimeError(f"libfuse refused FUSE_INIT: error {error}, unique {unique}, {length} bytes")
+        self._poll.register(self._device, select.POLLIN)
+        if self._relay is not None:
+            self._relay.start(device=self._device, mount=self._fuse_fd, far=self._far)
+            return
         os.dup2(self._fuse_fd, self._device, inheritable=False)
         os.close(self._fuse_fd)
         self._far.close()
-        self._poll.register(self._device, select.POLLIN)
-        if self._init.has_resend:
-            os.write(self._device, kernel.resend_notice())
+        os.write(self._device, kernel.resend_notice())
 
 
 def _install_hook(takeover: _Takeover) -> None:

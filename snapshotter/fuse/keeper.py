@@ -4,7 +4,7 @@ For each mount there is one task with one loop, whatever happens:
 
     asleep --(a request that needs a server, or `wake`)--> waking --(forked)--> awake
       ^                                                                           |
-      +----------- the server ended: idle, killed or crashed; RESEND -------------+
+      +-- the server ended: idle, killed or crashed; RESEND, or what the journal holds --+
 
 Starting, waking and recovering are therefore the same path, and a server that was killed in the middle of
 a read differs from one that went to sleep only in that there is something to send again. A mount ends when the
@@ -20,27 +20,31 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import trio
 
 from snapshotter import messages
-from snapshotter.counters import CounterPage
 from snapshotter.errors import ProcessFailed, SnapshotterError
 from snapshotter.fuse import kernel, mounting, server
-from snapshotter.fuse.counters import NAMES
+from snapshotter.fuse.blocking import Blocking
 from snapshotter.fuse.forker import Child, Forker
+from snapshotter.fuse.held import HeldDevices
 from snapshotter.fuse.holding import HolderClient
 from snapshotter.fuse.mountpoint import (
+    Device,
     Mountpoint,
     MountSpec,
     RootFacts,
     State,
+    answer_init,
     answer_one,
     is_dead,
     make_mount,
-    parse_holder_name,
+    readopt,
+    strike,
 )
 from snapshotter.layer.tree import Tree
 from snapshotter.units import Digest
@@ -60,6 +64,12 @@ _SHORT_LIFE_S = 0.2
 
 _FREE_TRIES = 3
 """Crashes in a row after which successors wait, longer each time."""
+
+_STRIKES = 10
+"""Servers that end young over the same unanswered request before it is answered with EIO; with the pauses, 5 s."""
+
+_ASKED_PAUSE_S = 0.1
+"""A server may ask for a socket to the fetcher this often."""
 
 
 class FetcherGate(Protocol):
@@ -83,7 +93,7 @@ class Keeper:
         read_ahead_kb: int,
         on_gone: Callable[[MountSpec, Mapping[str, int]], None],
     ) -> None:
-        self._holder = holder
+        self._held = HeldDevices(holder)
         self._forker = forker
         self._gate = gate
         self._idle_timeout = idle_timeout
@@ -91,15 +101,17 @@ class Keeper:
         self._read_ahead_kb = read_ahead_kb
         self._on_gone = on_gone
         self._mounts: dict[int, Mountpoint] = {}
+        self._blocking = Blocking()
         self._nursery: trio.Nursery | None = None
         self._fetchers = 0
         """How many fetchers there have been: a server that was forked meanwhile has a socket to a dead one."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look after the mounts until cancelled. They stay mounted; their servers end with the daemon."""
-        async with trio.open_nursery() as self._nursery:
-            task_status.started()
-            await trio.sleep_forever()
+        with self._blocking.ready():
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await trio.sleep_forever()
 
     @property
     def mounts(self) -> Mapping[int, Mountpoint]:
@@ -114,47 +126,37 @@ class Keeper:
         """Mount a layer, asleep. Raises OSError, ValueError (kernel too old; an older mount of this snapshot has
         not ended yet), ProcessFailed (no holder), InvalidLayerFile (its tree).
 
-        Order: mount, store the descriptor, answer INIT. A crash between any two leaves a dead mount, which
-        `restore` detaches and makes again.
+        Order: mount, store the descriptors, answer INIT. A crash between any two leaves a dead mount, which
+        `restore` detaches and makes again, or one whose INIT is still to be answered, which it does.
         """
         if spec.snapshot_id in self._mounts:
             raise ValueError(
                 f"snapshot {spec.snapshot_id} is mounted already, or its last mount has not ended yet"
             )
         facts = await trio.to_thread.run_sync(_facts, spec.tree)
-        fd, unique, init = await trio.to_thread.run_sync(make_mount, spec.target)
+        device, unique = await trio.to_thread.run_sync(make_mount, spec.target)
+        mountpoint = Mountpoint.of(spec, device, facts)
         try:
-            mountpoint = _mountpoint(spec, fd, init, facts)
-            await trio.to_thread.run_sync(self._holder.put, mountpoint.holder_name, fd)
-            os.write(fd, kernel.init_reply(unique, init))
+            await self._held.put(mountpoint)
+            answer_init(device, unique)
         except BaseException:
             mounting.detach(spec.target)
-            os.close(fd)
+            mountpoint.close()
+            with trio.CancelScope(shield=True):
+                await self._held.forget(mountpoint.held)
             raise
-        self._set_read_ahead(fd)
+        self._set_read_ahead(device.fd)
         self._keep(mountpoint)
         return mountpoint
 
     async def restore(self, specs: Iterable[MountSpec]) -> list[MountSpec]:
         """Take back what the holder kept, mount again what it did not keep; return what could not be mounted."""
-        held: dict[int, tuple[str, int, kernel.Init]] = {}
-        for name, fd in (await trio.to_thread.run_sync(self._holder.kept)).items():
-            try:
-                snapshot_id, init = parse_holder_name(name)
-            except ValueError:  # of another version; it is for that one to take back
-                _log.warning("the holder keeps something unknown", extra={"held": name})
-                os.close(fd)
-                continue
-            if is_dead(fd):
-                os.close(fd)
-                await trio.to_thread.run_sync(self._holder.drop, name)
-            else:
-                held[snapshot_id] = (name, fd, init)
+        held = await self._held.take_back()
         failed = []
         for spec in specs:
             try:
                 if spec.snapshot_id in held:
-                    await self._readopt(spec, *held.pop(spec.snapshot_id))
+                    await self._readopt(spec, held.pop(spec.snapshot_id))
                 else:
                     while await trio.to_thread.run_sync(mounting.detach, spec.target):
                         _log.warning("a dead mount was detached", extra={"snapshot": spec.snapshot_id})
@@ -165,10 +167,11 @@ class Keeper:
                     extra={"snapshot": spec.snapshot_id, "layer": spec.layer, "error": str(error)},
                 )
                 failed.append(spec)
-        for name, fd, _init in held.values():
-            _log.warning("the holder kept a mount that nobody knows; it is let go", extra={"mount": name})
-            os.close(fd)
-            await trio.to_thread.run_sync(self._holder.drop, name)
+        for snapshot_id, device in held.items():
+            _log.warning(
+                "the holder kept a mount that nobody knows; it is let go", extra={"snapshot": snapshot_id}
+            )
+            await self._held.drop(snapshot_id, device)
         return failed
 
     def wake(self, snapshot_ids: Iterable[int]) -> None:
@@ -205,29 +208,30 @@ class Keeper:
                 os.close(fd)
 
     def counters(self, snapshot_id: int) -> dict[str, int]:
-        """Return the counters of one mount by name. Raises KeyError."""
-        page = CounterPage(self._mounts[snapshot_id].counters_fd, NAMES, writable=False)
+        """Return the counters of one mount by name; from any thread. Raises KeyError."""
         try:
-            return page.snapshot()
-        finally:
-            page.close()
+            return self._mounts[snapshot_id].counters.snapshot()
+        except ValueError:  # it ended between the two
+            raise KeyError(snapshot_id) from None
 
     async def holder_changed(self) -> None:
         """Give a new holder everything that the old one had. Raises ProcessFailed."""
         for mountpoint in list(self._mounts.values()):
-            await trio.to_thread.run_sync(self._holder.put, mountpoint.holder_name, mountpoint.fd)
+            await self._held.put(mountpoint)
 
-    async def _readopt(self, spec: MountSpec, name: str, fd: int, init: kernel.Init) -> None:
+    async def _readopt(self, spec: MountSpec, device: Device) -> None:
         """Take back one mount. One that cannot be served is let go: its readers get an error instead of waiting."""
         try:
             facts = await trio.to_thread.run_sync(_facts, spec.tree)
+            readopt(device)
         except (OSError, SnapshotterError):
-            os.close(fd)
-            await trio.to_thread.run_sync(self._holder.drop, name)
+            await self._held.drop(spec.snapshot_id, device)
             await trio.to_thread.run_sync(mounting.detach, spec.target)
             raise
-        os.write(fd, kernel.resend_notice())
-        self._keep(_mountpoint(spec, fd, init, facts))
+        mountpoint = Mountpoint.of(spec, device, facts)
+        self._keep(mountpoint)
+        if not device.init.has_resend:
+            await self._held.put(mountpoint)  # it may have lost the journal
 
     def _set_read_ahead(self, fd: int) -> None:
         try:
@@ -247,14 +251,17 @@ class Keeper:
             await self._serve_once(mountpoint)
             mountpoint.state = State.ASLEEP
             try:
-                os.write(mountpoint.fd, kernel.resend_notice())
+                if mountpoint.short_lives:
+                    await self._strike(mountpoint)
+                elif mountpoint.init.has_resend:
+                    os.write(mountpoint.fd, kernel.resend_notice())
             except OSError:
                 break  # ENODEV: the mount ended while it was served
         await self._forget(mountpoint)
 
     async def _sleep_until_wanted(self, mountpoint: Mountpoint) -> bool:
         """Return True when a server is needed, False when the mount is gone."""
-        while not mountpoint.wanted.is_set():
+        while not (mountpoint.wanted.is_set() or mountpoint.has_unanswered):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_after, nursery.cancel_scope, mountpoint.wanted.wait)
                 await trio.lowlevel.wait_readable(mountpoint.fd)
@@ -264,14 +271,32 @@ class Keeper:
             if mountpoint.wanted.is_set():
                 break
             try:
-                needs_server = await trio.to_thread.run_sync(
-                    answer_one, mountpoint.fd, mountpoint.facts, abandon_on_cancel=True
-                )
+                if await self._blocking.run(lambda: answer_one(mountpoint)):
+                    break
+            except InterruptedError:
+                continue  # whoever asked was killed in time
             except OSError:
                 return False
-            if needs_server:
-                break
         return not is_dead(mountpoint.fd)
+
+    async def _strike(self, mountpoint: Mountpoint) -> None:
+        """Give up requests that no server survives, so that their readers get an error. Raises OSError."""
+        try:
+            given_up = await self._blocking.run(lambda: strike(mountpoint, _STRIKES))
+        except InterruptedError:
+            return  # the next short life counts again
+        for request in given_up:
+            mountpoint.counters.add("requests_given_up")
+            _log.error(
+                "a request that no layer server survives was answered with an error",
+                extra={
+                    "layer": mountpoint.spec.layer,
+                    "snapshot": mountpoint.spec.snapshot_id,
+                    "opcode": request.opcode,
+                    "inode": request.nodeid,
+                    "servers": _STRIKES,
+                },
+            )
 
     async def _serve_once(self, mountpoint: Mountpoint) -> None:
         """Fork a server for the mount and wait for its end. A fork that fails is an end at once."""
@@ -279,36 +304,55 @@ class Keeper:
         near, far = messages.pair()
         near.setblocking(False)
         started, fetchers = trio.current_time(), self._fetchers
-        try:
-            with far:
-                child = await self._fork(mountpoint, far.fileno())
-        except (ProcessFailed, OSError) as error:
-            near.close()
-            mountpoint.short_lives += 1
-            _log.error(
-                "no layer server could be started",
-                extra={
-                    "layer": mountpoint.spec.layer,
-                    "snapshot": mountpoint.spec.snapshot_id,
-                    "error": str(error),
-                },
-            )
-            return
-        mountpoint.control, mountpoint.pid, mountpoint.state = near, child.pid, State.AWAKE
-        if self._fetchers != fetchers:
-            self._connect(mountpoint)
-        try:
-            await trio.lowlevel.wait_readable(child.pidfd)
-        finally:
-            mountpoint.control, mountpoint.pid = None, 0
-            near.close()
-            os.close(child.pidfd)
+        with near:
+            try:
+                with far:
+                    child = await self._fork(mountpoint, far.fileno())
+            except (ProcessFailed, OSError) as error:
+                mountpoint.short_lives += 1
+                _log.error(
+                    "no layer server could be started",
+                    extra={
+                        "layer": mountpoint.spec.layer,
+                        "snapshot": mountpoint.spec.snapshot_id,
+                        "error": str(error),
+                    },
+                )
+                return
+            mountpoint.control, mountpoint.pid, mountpoint.state = near, child.pid, State.AWAKE
+            try:
+                if self._fetchers != fetchers:
+                    self._connect(mountpoint)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._listen, mountpoint, near)
+                    await trio.lowlevel.wait_readable(child.pidfd)
+                    nursery.cancel_scope.cancel()
+            finally:
+                mountpoint.control, mountpoint.pid = None, 0
+                os.close(child.pidfd)
         lived = trio.current_time() - started
         mountpoint.short_lives = mountpoint.short_lives + 1 if lived < _SHORT_LIFE_S else 0
+
+    async def _listen(self, mountpoint: Mountpoint, control: socket.socket) -> None:
+        """Give the server another socket to the fetcher whenever it says that it has lost its own."""
+        while True:
+            await trio.lowlevel.wait_readable(control)
+            try:
+                received = messages.receive(control)
+            except (OSError, ValueError):
+                return
+            if received is None:
+                return
+            for fd in received[1]:
+                os.close(fd)
+            self._connect(mountpoint)
+            await trio.sleep(_ASKED_PAUSE_S)
 
     async def _fork(self, mountpoint: Mountpoint, control: int) -> Child:
         spec = mountpoint.spec
         fds = {"fuse": mountpoint.fd, "counters": mountpoint.counters_fd, "control": control}
+        if mountpoint.journal_fd >= 0:
+            fds["journal"] = mountpoint.journal_fd
         opened = []
         try:
             for name, path in (("tree", spec.tree), ("data", spec.data), ("spans", spec.spans)):
@@ -332,20 +376,12 @@ class Keeper:
 
     async def _forget(self, mountpoint: Mountpoint) -> None:
         mountpoint.state = State.GONE
-        try:
-            await trio.to_thread.run_sync(self._holder.drop, mountpoint.holder_name)
-        except ProcessFailed as error:
-            _log.warning("the holder keeps a mount that is gone", extra={"error": str(error)})
-        counters = self.counters(mountpoint.spec.snapshot_id)
+        await self._held.forget(mountpoint.held)
         del self._mounts[mountpoint.spec.snapshot_id]
-        os.close(mountpoint.fd)
-        os.close(mountpoint.counters_fd)
+        counters = mountpoint.counters.snapshot()
+        mountpoint.close()
         mountpoint.gone.set()
         self._on_gone(mountpoint.spec, counters)
-
-
-def _mountpoint(spec: MountSpec, fd: int, init: kernel.Init, facts: RootFacts) -> Mountpoint:
-    return Mountpoint(spec, fd, init, facts, CounterPage.create(f"soci-counters-{spec.snapshot_id}", NAMES))
 
 
 def _facts(path: str) -> RootFacts:

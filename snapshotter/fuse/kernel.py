@@ -29,9 +29,14 @@ _OPEN_OUT = struct.Struct("<QII")
 _KSTATFS = struct.Struct("<QQQQQIIII24x")
 _ATTR_OUT = struct.Struct("<QII QQQQQQIIIIIIIIII")
 
-LOOKUP, FORGET, GETATTR, STATFS, INIT, INTERRUPT, BATCH_FORGET, STATX = 1, 2, 3, 17, 26, 36, 42, 52
-OPENDIR, RELEASEDIR = 27, 29
+LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
+GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, RELEASEDIR = 22, 23, 25, 26, 27, 29
+INTERRUPT, BATCH_FORGET, READDIRPLUS, STATX = 36, 42, 44, 52
 NOTIFY_RESEND = 7
+
+WITHOUT_ANSWER = frozenset({FORGET, BATCH_FORGET, INTERRUPT})
+"""What the kernel expects no answer to. INTERRUPT says that the reader got a signal, not that it was killed: an answer
+of EINTR would surface in programs that handle signals, so the request is answered as if nothing had come."""
 
 MAJOR = 7
 OLDEST_MINOR = 36
@@ -75,9 +80,6 @@ MAX_READ = 1 << 20
 MAX_BACKGROUND = 64
 """Read-ahead requests in flight per layer; libfuse's default of 12 starves parallel readers of missing spans."""
 
-READ_BUFFER = 1 << 20 | 1 << 12
-"""Bytes with which a request is read; more than max_write (one page) and every header ask for."""
-
 
 class Request(NamedTuple):
     """The header of one request from the kernel."""
@@ -110,7 +112,7 @@ class Init(NamedTuple):
         return cls(int(minor), int(readahead), int(flags, 16))
 
 
-def parse_request(data: bytes) -> Request:
+def parse_request(data: bytes | memoryview) -> Request:
     """Return the header of a request. Raises ValueError when it is shorter than a header."""
     if len(data) < IN_HEADER.size:
         raise ValueError(f"FUSE request of {len(data)} bytes is shorter than its header")

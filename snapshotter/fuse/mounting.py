@@ -15,6 +15,9 @@ import os
 import re
 from typing import NamedTuple
 
+DEVICE = os.makedev(10, 229)
+"""The number of /dev/fuse, the same everywhere (Documentation/admin-guide/devices.txt)."""
+
 FS_TYPE = "fuse.soci"
 SOURCE = "soci"
 

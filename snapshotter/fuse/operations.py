@@ -24,6 +24,7 @@ from snapshotter.counters import CounterPage
 from snapshotter.errors import CorruptData, RegistryError
 from snapshotter.fuse import kernel
 from snapshotter.fuse.contents import Contents
+from snapshotter.fuse.relay import Relay
 from snapshotter.layer.tree import Tree, TreeFlags
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ def _counted(kind: str) -> Callable[[_Handler], _Handler]:
     def decorate(handler: _Handler) -> _Handler:
         @functools.wraps(handler)
         async def wrapper(self: LayerOperations, *arguments: Any) -> Any:
+            relay = self.relay
+            slot = relay.begin() if relay is not None else 0
             page = self.counters
             page.add_at(self.request_index[kind])
             self.in_flight += 1
@@ -68,6 +71,8 @@ def _counted(kind: str) -> Callable[[_Handler], _Handler]:
                 raise pyfuse3.FUSEError(number) from error
             finally:
                 self.in_flight -= 1
+                if relay is not None:
+                    relay.end(slot)
 
         return wrapper  # type: ignore[return-value]
 
@@ -81,9 +86,13 @@ class LayerOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, tree: Tree, contents: Contents, counters: CounterPage) -> None:
+    def __init__(
+        self, tree: Tree, contents: Contents, counters: CounterPage, relay: Relay | None = None
+    ) -> None:
         super().__init__()
         self.counters = counters
+        self.relay = relay
+        """Told of every handler's start and end, where the kernel cannot send requests again."""
         self.in_flight = 0
         """Requests being answered; the server sleeps only when there are none."""
         self.request_index = {

@@ -28,15 +28,17 @@ from snapshotter import counters, messages
 from snapshotter.fuse import adoption, kernel
 from snapshotter.fuse.contents import Contents
 from snapshotter.fuse.counters import NAMES
+from snapshotter.fuse.journal import Journal
 from snapshotter.fuse.operations import LayerOperations
+from snapshotter.fuse.relay import Relay
 from snapshotter.fuse.spanlink import SpanLink
 from snapshotter.layer.spans import SpanView
 from snapshotter.layer.tree import Tree
 
 _log = logging.getLogger(__name__)
 
-DESCRIPTORS = ("fuse", "tree", "data", "spans", "counters", "control", "fetcher")
-"""What a server is given; `fetcher` is missing while there is none."""
+DESCRIPTORS = ("fuse", "journal", "tree", "data", "spans", "counters", "control", "fetcher")
+"""What a server is given; `fetcher` is missing while there is none, `journal` where the kernel needs none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +80,12 @@ def serve(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     tree = Tree(fds["tree"])
     view = SpanView(fds["spans"])
     link = SpanLink(view, page, budget=told.read_budget)
-    operations = LayerOperations(tree, Contents(tree, fds["data"], view, link, page), page)
-    device = adoption.adopt(operations, fds["fuse"], kernel.Init.from_text(told.init))
+    relay = Relay(Journal(fds["journal"]), page) if "journal" in fds else None
+    operations = LayerOperations(tree, Contents(tree, fds["data"], view, link, page), page, relay)
+    fuse = os.dup(fds["fuse"])
+    adoption.adopt(operations, fds["fuse"], kernel.Init.from_text(told.init), relay)
     control = socket.socket(fileno=fds["control"])
-    trio.run(functools.partial(_main, told, operations, link, page, control, device, fds.get("fetcher")))
+    trio.run(functools.partial(_main, told, operations, link, page, control, fuse, fds.get("fetcher")))
 
 
 async def _main(
@@ -90,7 +94,7 @@ async def _main(
     link: SpanLink,
     page: counters.CounterPage,
     control: socket.socket,
-    device: int,
+    fuse: int,
     fetcher: int | None,
 ) -> NoReturn:
     if fetcher is not None:
@@ -98,7 +102,7 @@ async def _main(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
         nursery.start_soon(_follow_control, control, link)
-        nursery.start_soon(_sleep_when_idle, operations, page, device, told.idle_timeout)
+        nursery.start_soon(_sleep_when_idle, operations, page, fuse, told.idle_timeout)
         await pyfuse3.main()
         os._exit(0)  # unmounted
     raise AssertionError("unreachable")
@@ -117,20 +121,22 @@ async def _follow_control(control: socket.socket, link: SpanLink) -> None:
 
 
 async def _sleep_when_idle(
-    operations: LayerOperations, page: counters.CounterPage, device: int, idle_timeout: float
+    operations: LayerOperations, page: counters.CounterPage, fuse: int, idle_timeout: float
 ) -> None:
     """End the process when a whole period passed without a request, nothing is in flight and nothing waits.
 
     A request that arrives after the last look stays in the kernel's queue, and the keeper sees it there.
     """
     poll = select.poll()
-    poll.register(device, select.POLLIN)
+    poll.register(fuse, select.POLLIN)
     indexes = tuple(operations.request_index.values())
     words = page.words
     last = -1
     while True:
         now = sum(words[index] for index in indexes)
         if now == last and not operations.in_flight and not poll.poll(0):
+            if operations.relay is not None:
+                operations.relay.settle()
             os._exit(0)
         last = now
         await trio.sleep(idle_timeout)

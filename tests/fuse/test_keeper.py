@@ -18,6 +18,8 @@ from tests.conftest import ExpectedLogs
 from tests.support.keeping import keeping, shell
 from tests.support.lazylayer import LazyLayer, make_layer, make_tar
 
+pytestmark = pytest.mark.usefixtures("recovery")
+
 _RANDOM = random.Random(5)
 FILES = {f"d/f{number:02}": _RANDOM.randbytes(_RANDOM.randrange(1, 150_000)) for number in range(40)}
 ALL = hashlib.sha256(b"".join(data for _name, data in sorted(FILES.items()))).hexdigest()

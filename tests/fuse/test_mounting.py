@@ -26,11 +26,12 @@ def target(workdir: Path) -> Path:
 @pytest.fixture
 def mounted(target: Path) -> Iterator[int]:
     """A mount that nobody serves; its INIT is read and not answered."""
-    fd, _unique, _init = make_mount(str(target))
+    device, _unique = make_mount(str(target))
+    fd = device.fd
     yield fd
     while mounting.detach(str(target)):
         pass
-    os.close(fd)
+    device.close()
 
 
 def found(target: Path) -> list[mounting.MountInfo]:
@@ -53,11 +54,21 @@ def test_it_is_read_only_and_nothing_else(target: Path, mounted: int) -> None:
 
 
 def test_the_kernel_begins_with_an_offer(target: Path) -> None:
-    fd, unique, init = make_mount(str(target))
+    device, unique = make_mount(str(target))
+    fd, init = device.fd, device.init
     assert unique > 0
     assert init.minor >= kernel.OLDEST_MINOR
     assert not is_dead(fd)
     assert mounting.detach(str(target))
+    device.close()
+
+
+def test_what_is_no_fuse_device_is_dead(workdir: Path) -> None:
+    with open(os.devnull, "rb") as null, open(workdir / "file", "wb") as file:
+        assert is_dead(null.fileno())
+        assert is_dead(file.fileno())
+    fd = mounting.open_device()  # never mounted
+    assert is_dead(fd)
     os.close(fd)
 
 
@@ -80,12 +91,13 @@ def test_a_link_is_not_followed(target: Path, mounted: int, workdir: Path) -> No
 
 
 def test_mounts_on_mounts_are_taken_one_by_one(target: Path, mounted: int) -> None:
-    fd, _unique, _init = make_mount(str(target))
+    device, _unique = make_mount(str(target))
+    fd = device.fd
     assert len(found(target)) == 2
     assert mounting.detach(str(target))
     assert is_dead(fd)
     assert not is_dead(mounted)
-    os.close(fd)
+    device.close()
 
 
 @pytest.mark.parametrize(("name", "number"), [("missing", errno.ENOENT), ("file", errno.ENOTDIR)])
@@ -118,12 +130,13 @@ def test_the_descriptor_is_blocking_and_stays_here() -> None:
 def test_read_ahead_is_set_for_this_mount_alone(target: Path, mounted: int, workdir: Path) -> None:
     other = workdir / "other"
     other.mkdir()
-    fd, _unique, _init = make_mount(str(other))
+    device, _unique = make_mount(str(other))
+    fd = device.fd
     mounting.set_read_ahead(mounted, 256)
     mounting.set_read_ahead(fd, 64)
     assert (read_ahead(target), read_ahead(other)) == (256, 64)
     mounting.detach(str(other))
-    os.close(fd)
+    device.close()
 
 
 def read_ahead(target: Path) -> int:

@@ -87,8 +87,7 @@ async def keeping(
                 nursery.cancel_scope.cancel()
     finally:
         for mountpoint in keeper.mounts.values():
-            os.close(mountpoint.fd)
-            os.close(mountpoint.counters_fd)
+            mountpoint.close()
         pid = holder.pid
         holder.close()
         if not leave:

@@ -1,0 +1,209 @@
+"""Requests, mounts and stored descriptors that somebody left behind, on kernels that send again and on older ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from subprocess import CalledProcessError
+
+import pytest
+import trio
+
+from snapshotter.fuse import keeper, mounting
+from snapshotter.fuse.mountpoint import State, held_names, make_mount, parse_holder_name
+from tests.conftest import ExpectedLogs
+from tests.support.keeping import Kept, keeping, shell
+from tests.support.lazylayer import LazyLayer, make_layer, make_tar
+
+pytestmark = pytest.mark.usefixtures("fuse", "recovery")
+
+FILES = {"a": b"A" * 70_000, "b": b"B"}
+
+
+@pytest.fixture
+def layer(workdir: Path) -> LazyLayer:
+    return make_layer(workdir, make_tar(FILES))
+
+
+async def until(condition: object) -> None:
+    with trio.fail_after(20):
+        while not condition():  # type: ignore[operator]
+            await trio.sleep(0.01)
+
+
+def test_a_request_that_its_reader_took_along_is_answered(workdir: Path, layer: LazyLayer) -> None:
+    """The daemon dies right after it has read a request: nobody has seen it but the journal, or the kernel."""
+    spec = layer.spec(1, workdir / "m")
+    results: list[str] = []
+
+    async def read() -> None:
+        results.append(await shell(f"cat {spec.target}/b"))
+
+    async def main() -> None:
+        async with keeping(workdir, leave=True) as kept:
+            await kept.keeper.mount(spec)
+            mountpoint = kept.keeper.mounts[1]
+            fd = os.dup(mountpoint.fd)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await trio.lowlevel.wait_readable(fd)
+            journals = [value for name, value in kept.holder.kept().items() if name.endswith(".journal")]
+            reader = type(mountpoint.journal)(*journals)
+            await trio.to_thread.run_sync(reader.read, fd, 0)
+            reader.close()
+            os.close(fd)
+            async with keeping(workdir) as again:
+                assert await again.keeper.restore([spec]) == []
+                await until(lambda: results)
+        assert results == ["B"]
+        kept.holder.close()
+        for journal in journals:
+            os.close(journal)
+
+    trio.run(main)
+
+
+def test_an_init_that_nobody_answered_is_answered(workdir: Path, layer: LazyLayer) -> None:
+    """The daemon died between storing the descriptors and answering."""
+    spec = layer.spec(1, workdir / "m")
+
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            device, _unique = make_mount(spec.target)
+            names = held_names(1, device.init, fd=device.fd, journal_fd=device.journal_fd)
+            for name, fd in names.items():
+                kept.holder.put(name, fd)
+            device.close()
+            assert await kept.keeper.restore([spec]) == []
+            assert await shell(f"cat {spec.target}/b") == "B"
+            assert len(mounting.mounts_below(spec.target)) == 1
+
+    trio.run(main)
+
+
+def test_what_the_holder_has_and_is_no_mount_does_not_stop_a_start(
+    workdir: Path, layer: LazyLayer, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("something unknown")
+    spec = layer.spec(1, workdir / "m")
+
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            with open(os.devnull, "rb") as null:  # noqa: ASYNC230
+                for name in (
+                    "nonsense",
+                    "1",
+                    "x.36-0-0",
+                    "2.36-0-0.other",
+                    "1.36-131072-0",
+                    "3.36-0-0.journal",
+                ):
+                    kept.holder.put(name, null.fileno())
+            assert await kept.keeper.restore([spec]) == []
+            assert await shell(f"cat {spec.target}/b") == "B"
+            assert {parse_holder_name(name).snapshot_id for name in kept.holder.kept()} == {1}
+
+    trio.run(main)
+
+
+def test_a_request_that_no_server_survives_is_an_error(
+    workdir: Path, layer: LazyLayer, expected_logs: ExpectedLogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected_logs.allow("no layer server survives")
+    monkeypatch.setattr(keeper, "_STRIKES", 4)
+    spec = layer.spec(1, workdir / "m")
+
+    async def main() -> None:
+        async with keeping(workdir, idle_timeout=0.3) as kept:
+            mountpoint = await kept.keeper.mount(spec)
+            tree = Path(spec.tree).read_bytes()
+            os.truncate(spec.tree, 100)
+            for _round in range(2):
+                with pytest.raises(CalledProcessError) as raised:
+                    await shell(f"cat {spec.target}/b")
+                assert b"Input/output error" in raised.value.stderr
+            assert mountpoint.counters.snapshot()["requests_given_up"] >= 2
+            Path(spec.tree).write_bytes(tree)
+            assert await shell(f"cat {spec.target}/b") == "B"
+            await kept.until(1, State.ASLEEP)
+            assert mountpoint.short_lives == 0
+
+    trio.run(main)
+
+
+def test_a_read_that_waits_outlives_its_servers(workdir: Path) -> None:
+    layer = make_layer(workdir, make_tar(FILES), inflated=False)
+    errors: list[bytes] = []
+
+    async def main() -> None:
+        async with keeping(workdir, read_budget=1.0) as kept:
+            spec = layer.spec(1, workdir / "m")
+            await kept.keeper.mount(spec)
+
+            async def read() -> None:
+                with pytest.raises(CalledProcessError) as raised:
+                    await shell(f"cat {spec.target}/a")
+                errors.append(raised.value.stderr)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                for life in range(1, 4):
+                    await until(lambda: _is_waiting(kept, life))  # noqa: B023 - called at once
+                    os.kill(kept.keeper.mounts[1].pid, signal.SIGKILL)
+            assert b"Input/output error" in errors[0]
+            assert kept.keeper.counters(1)["adoptions"] == 4
+
+    trio.run(main)
+
+
+def _is_waiting(kept: Kept, life: int) -> bool:
+    counters = kept.keeper.counters(1)
+    return counters["adoptions"] == life and counters["reads_waiting"] > 0
+
+
+def test_what_we_do_not_serve_is_refused_as_on_any_file_system(workdir: Path, layer: LazyLayer) -> None:
+    """An ioctl, SEEK_DATA, a lock, and a sync: none is passed to a handler, all are answered."""
+    code = (
+        "import errno, fcntl, os, sys\n"
+        "f = open(sys.argv[1], 'rb')\n"
+        "try: fcntl.ioctl(f, 0x80045878)\n"
+        "except OSError as e: print(errno.errorcode[e.errno])\n"
+        "try: fcntl.ioctl(f, 0x44005801, bytes(1024))\n"
+        "except OSError as e: print(errno.errorcode[e.errno])\n"
+        "print(os.lseek(f.fileno(), 0, os.SEEK_DATA))\n"
+        "fcntl.flock(f, fcntl.LOCK_SH)\n"
+        "try: os.fsync(f.fileno())\n"
+        "except OSError as e: print(errno.errorcode[e.errno])\n"
+        "print(len(f.read()))\n"
+    )
+
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            spec = layer.spec(1, workdir / "m")
+            await kept.keeper.mount(spec)
+            (workdir / "code.py").write_text(code)
+            out = (await shell(f"python3 {workdir}/code.py {spec.target}/a")).split()
+            assert out == ["ENOTTY", "ENOTTY", "0", "70000"]
+
+    trio.run(main)
+
+
+def test_a_journal_that_was_lost_is_said_and_replaced(
+    workdir: Path, layer: LazyLayer, recovery: str, expected_logs: ExpectedLogs
+) -> None:
+    if recovery == "relay":
+        expected_logs.allow("journal of a mount is lost")
+    spec = layer.spec(1, workdir / "m")
+
+    async def main() -> None:
+        async with keeping(workdir, leave=True) as kept:
+            await kept.keeper.mount(spec)
+            for name in [each for each in kept.holder.kept() if each.endswith(".journal")]:
+                kept.holder.drop(name)
+        async with keeping(workdir) as kept:
+            assert await kept.keeper.restore([spec]) == []
+            assert await shell(f"cat {spec.target}/b") == "B"
+            assert len(kept.holder.kept()) == (2 if recovery == "relay" else 1)
+
+    trio.run(main)
