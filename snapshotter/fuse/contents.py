@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from functools import partial
 
 import trio
 
@@ -60,31 +61,34 @@ class Contents:
         if not self._checked[ino]:
             await self._check_header(ino, node)
         start = node.data_offset
-        return await self._range(start + offset, start + end, start + node.size)
+        return await self._range(ino, start + offset, start + end, start + node.size)
 
     async def _check_header(self, ino: int, node: Node) -> None:
         start, end, file_end = node.header_start, node.data_offset, node.data_offset + node.size
         try:
             try:
-                check_header(bytes(await self._range(start, end, file_end)), node.fingerprint)
+                check_header(bytes(await self._range(ino, start, end, file_end)), node.fingerprint)
             except HeaderMismatch:  # of the zTOC, or of a disk that has lost bytes
-                await self._link.doubt(self._tree.spans_for(start, end))
-                check_header(bytes(await self._range(start, end, file_end)), node.fingerprint)
+                await self._link.doubt(self._tree.spans_for(start, end), partial(self._path, ino))
+                check_header(bytes(await self._range(ino, start, end, file_end)), node.fingerprint)
         except HeaderMismatch as error:
             self._counters.add("header_mismatches")
-            path = self._tree.path(ino).decode(errors="backslashreplace")
-            raise HeaderMismatch(f"{path}: {error}") from error
+            raise HeaderMismatch(f"{self._path(ino)}: {error}") from error
         self._checked[ino] = 1
 
-    async def _range(self, start: int, end: int, file_end: int) -> bytearray | memoryview:
-        """Return `[start, end)` of the tar stream."""
+    def _path(self, ino: int) -> str:
+        return self._tree.path(ino).decode(errors="backslashreplace")
+
+    async def _range(self, ino: int, start: int, end: int, file_end: int) -> bytearray | memoryview:
+        """Return `[start, end)` of the tar stream, which belongs to the file `ino`."""
         spans = self._tree.spans_for(start, end)
         view = self._view
         self._link.touch(spans)
         for _try in range(_MAX_TRIES):
             words = [view.word(span) for span in spans]
             if any(word & 0xFF != SpanState.INFLATED for word in words):
-                await self._link.want(spans, self._tree.spans_for(start, file_end).stop)
+                ahead_end = self._tree.spans_for(start, file_end).stop
+                await self._link.want(spans, ahead_end, partial(self._path, ino))
                 lent = self._lent(spans, start, end)
                 if lent is not None:
                     return lent
@@ -97,7 +101,7 @@ class Contents:
                     return buffer
                 short = self._tree.spans_for(start + got, end)
                 _log.warning("data file is short", extra={"spans": f"{short.start}-{short.stop}"})
-                await self._link.doubt(short)
+                await self._link.doubt(short, partial(self._path, ino))
         raise OSError(
             errno.EIO,
             f"spans {spans.start}-{spans.stop} were short or evicted {_MAX_TRIES} times during one read",

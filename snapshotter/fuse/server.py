@@ -5,7 +5,7 @@ was asked for a while; the daemon then watches the descriptor and starts another
 It owns nothing that anybody would miss: no network, no credentials, no privileges, no writable path.
 
 Its sockets: `control` to the daemon's keeper (end of file: the daemon is gone, so are we; a message brings a
-new socket to the fetcher), and `fetcher` (see snapshotter/fuse/spanlink.py).
+new socket to the fetcher, and asks for one), and `fetcher` (see snapshotter/fuse/spanlink.py).
 
 Concurrency: one trio loop; it leaves only by os._exit, from a point where no request is half answered.
 """
@@ -18,6 +18,7 @@ import os
 import select
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -79,12 +80,19 @@ def serve(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     page.set("reads_waiting", 0)
     tree = Tree(fds["tree"])
     view = SpanView(fds["spans"])
-    link = SpanLink(view, page, budget=told.read_budget)
+    control = socket.socket(fileno=fds["control"])
+    control.setblocking(False)
+    link = SpanLink(
+        view,
+        page,
+        layer=told.layer,
+        budget=told.read_budget,
+        on_lost=functools.partial(_ask_for_fetcher, control),
+    )
     relay = Relay(Journal(fds["journal"]), page) if "journal" in fds else None
     operations = LayerOperations(tree, Contents(tree, fds["data"], view, link, page), page, relay)
     fuse = os.dup(fds["fuse"])
     adoption.adopt(operations, fds["fuse"], kernel.Init.from_text(told.init), relay)
-    control = socket.socket(fileno=fds["control"])
     trio.run(functools.partial(_main, told, operations, link, page, control, fuse, fds.get("fetcher")))
 
 
@@ -106,6 +114,11 @@ async def _main(
         await pyfuse3.main()
         os._exit(0)  # unmounted
     raise AssertionError("unreachable")
+
+
+def _ask_for_fetcher(control: socket.socket) -> None:
+    with suppress(OSError):  # it has not read the last one yet; or it is gone, and so are we
+        messages.send(control, {"op": "fetcher"})
 
 
 async def _follow_control(control: socket.socket, link: SpanLink) -> None:

@@ -3,7 +3,8 @@
 It owns the waiters of this server, one per span in demand. The span file is the truth and the messages
 only wake: a waiter is registered before the state is looked at, so an answer between the two is not lost;
 and whoever is woken looks again. The exception is a span that the disk has no room for: it is lent, in a file in
-memory that comes with the message, and the last few of those are kept for the next reads. When the fetcher dies the socket ends; the keeper brings another one and
+memory that comes with the message, and the last few of those are kept for the next reads. When the socket ends (the
+fetcher died, or dropped it) the keeper brings another one, by itself or because it is asked to (`on_lost`), and
 everything that is still wanted is asked for again. A reader notices none of that but the time.
 
 Concurrency: trio, one task per reader plus `run`; between two awaits nothing else touches the table.
@@ -25,6 +26,7 @@ from functools import partial
 import trio
 
 from snapshotter.counters import CounterPage
+from snapshotter.fuse.waits import Awaited, Waits
 from snapshotter.layer import wire
 from snapshotter.layer.spans import SpanState, SpanView
 
@@ -39,6 +41,9 @@ loop until the next request; a signal ends such a read with EINTR, which libfuse
 
 MAX_LENT = 8
 """Lent spans that are kept, each usually 4 MiB: a few readers at once, each reading on in its own."""
+
+_ASK_AGAIN_S = 0.5
+"""How often the keeper is asked for a socket while there is none, or a dead one, and readers wait."""
 
 
 class _Demand:
@@ -61,10 +66,21 @@ class _Demand:
 class SpanLink:
     """Asks the fetcher for spans on behalf of this server's readers."""
 
-    def __init__(self, view: SpanView, counters: CounterPage, *, budget: float) -> None:
+    def __init__(
+        self,
+        view: SpanView,
+        counters: CounterPage,
+        *,
+        layer: str,
+        budget: float,
+        on_lost: Callable[[], None],
+    ) -> None:
         self._view = view
         self._counters = counters
         self._budget = budget
+        self._layer = layer
+        self._on_lost = on_lost
+        self._waits = Waits(layer, counters)
         self._demands: dict[int, _Demand] = {}
         self._lent: OrderedDict[int, int] = OrderedDict()
         """Descriptors of lent spans, the latest last."""
@@ -72,7 +88,7 @@ class SpanLink:
         self._socket: trio.socket.SocketType | None = None
         self._sending = trio.Lock()
         self._replaced = trio.Event()
-        self._waiting = 0
+        self._connected = False
         signal.signal(signal.SIGALRM, lambda *_ignored: None)
 
     def connect(self, fd: int) -> None:
@@ -85,12 +101,20 @@ class SpanLink:
 
     async def run(self) -> None:
         """Receive answers for ever; ask again for what is wanted whenever the socket is a new one."""
-        while True:
-            replaced = self._replaced
-            if self._socket is not None:
-                with suppress(OSError, trio.ClosedResourceError):
-                    await self._receive(self._socket)
-            await replaced.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._waits.watch)
+            while True:
+                replaced = self._replaced
+                if self._socket is not None:
+                    self._connected = True
+                    with suppress(OSError, trio.ClosedResourceError):
+                        await self._receive(self._socket)
+                    self._connected = False
+                while not replaced.is_set():
+                    if self._demands:
+                        self._on_lost()
+                    with trio.move_on_after(_ASK_AGAIN_S):
+                        await replaced.wait()
 
     async def _receive(self, sock: trio.socket.SocketType) -> None:
         for span in sorted(self._demands):
@@ -140,27 +164,27 @@ class SpanLink:
                     with suppress(OSError):
                         os.write(self._socket.fileno(), wire.encode(wire.Touch(span)))
 
-    async def want(self, spans: range, ahead_end: int) -> None:
+    async def want(self, spans: range, ahead_end: int, file: Callable[[], str]) -> None:
         """Return when every span of `spans` was seen inflated or lent; the file goes on to span `ahead_end`.
 
-        Raises OSError: EIO (or what the fetcher says) when a span cannot be had within the budget.
+        `file` tells its path, for the log. Raises OSError: EIO (or what the fetcher says) when a span cannot be had
+        within the budget.
         """
-        await self._wait(spans, partial(self._want, spans, ahead_end))
+        await self._wait(spans, file, partial(self._want, spans, ahead_end))
 
-    async def doubt(self, spans: range) -> None:
+    async def doubt(self, spans: range, file: Callable[[], str]) -> None:
         """Return when the fetcher has looked at every span of `spans`, whose bytes are short or wrong.
 
         Raises OSError as `want` does.
         """
-        await self._wait(spans, partial(self._doubt, spans))
+        await self._wait(spans, file, partial(self._doubt, spans))
 
-    async def _wait(self, spans: range, ask: Callable[[], Awaitable[None]]) -> None:
+    async def _wait(self, spans: range, file: Callable[[], str], ask: Callable[[], Awaitable[None]]) -> None:
         """Run `ask` within the budget of a read, and count the time."""
         self._counters.add("spans_awaited", len(spans))
-        start = trio.current_time()
-        self._counters.add("reads_waiting")
-        self._waiting += 1
-        if self._waiting == 1:
+        awaited = Awaited(spans, file, lambda: self._obstacle(spans))
+        wait = self._waits.begin(awaited)
+        if len(self._waits) == 1:
             signal.setitimer(signal.ITIMER_REAL, _UNBLOCK_S, _UNBLOCK_S)
         try:
             with trio.fail_after(self._budget):
@@ -168,15 +192,25 @@ class SpanLink:
         except trio.TooSlowError:
             _log.warning(
                 "read gave up waiting",
-                extra={"spans": f"{spans.start}-{spans.stop}", "budget_s": self._budget},
+                extra={"layer": self._layer, **awaited.fields(), "budget_s": self._budget},
             )
             raise OSError(errno.EIO, "span did not arrive in time") from None
         finally:
-            self._counters.add("reads_waiting", -1)
-            self._waiting -= 1
-            if self._waiting == 0:
+            self._waits.end(wait)
+            if not len(self._waits):
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            self._account(trio.current_time() - start)
+
+    def _obstacle(self, spans: range) -> str:
+        """Return what the first span that is not there waits for."""
+        if not self._connected:
+            return "a fetcher"
+        for span in spans:
+            match self._view.state(span):
+                case SpanState.MISSING:
+                    return f"span {span} from the registry"
+                case SpanState.FETCHED:
+                    return f"span {span} to be inflated"
+        return "nothing any more"
 
     async def _want(self, spans: range, ahead_end: int) -> None:
         for span in spans:
@@ -217,10 +251,3 @@ class SpanLink:
             demand.readers -= 1
             if not demand.readers and self._demands.get(span) is demand:
                 del self._demands[span]
-
-    def _account(self, waited: float) -> None:
-        self._counters.add("wait_us", int(waited * 1e6))
-        if waited > 1:
-            self._counters.add("slow_reads_1s")
-        if waited > 10:
-            self._counters.add("slow_reads_10s")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CalledProcessError
 
 import pytest
 import trio
 
+from snapshotter import messages
 from snapshotter.fuse import keeper, mounting
 from snapshotter.fuse.mountpoint import State, held_names, make_mount, parse_holder_name
+from snapshotter.layer import wire
+from snapshotter.units import Digest
 from tests.conftest import ExpectedLogs
 from tests.support.keeping import Kept, keeping, shell
 from tests.support.lazylayer import LazyLayer, make_layer, make_tar
@@ -160,6 +166,53 @@ def test_a_read_that_waits_outlives_its_servers(workdir: Path) -> None:
 def _is_waiting(kept: Kept, life: int) -> bool:
     counters = kept.keeper.counters(1)
     return counters["adoptions"] == life and counters["reads_waiting"] > 0
+
+
+class DroppingGate:
+    """A fetcher that hangs up on the first socket."""
+
+    def __init__(self) -> None:
+        self.ends: list[socket.socket] = []
+
+    def connect(self, layer: Digest) -> int | None:
+        """Return a new socket."""
+        near, far = messages.pair()
+        self.ends.append(far)
+        if len(self.ends) == 1:
+            far.close()
+        return near.detach()
+
+
+def test_a_server_that_lost_its_fetcher_is_given_another_socket(workdir: Path) -> None:
+    layer = make_layer(workdir, make_tar(FILES), inflated=False)
+    gate = DroppingGate()
+
+    async def main() -> None:
+        async with keeping(workdir, gate=gate, read_budget=20) as kept:
+            spec = layer.spec(1, workdir / "m")
+            await kept.keeper.mount(spec)
+
+            async def read() -> None:
+                with pytest.raises(CalledProcessError):
+                    await shell(f"cat {spec.target}/b")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await until(lambda: len(gate.ends) == 2)
+                asked = gate.ends[1]
+                await trio.lowlevel.wait_readable(asked)
+                want = next(m for m in _messages(asked) if isinstance(m, wire.Want))
+                asked.send(wire.encode(wire.Failed(want.first, errno.EIO)))
+            assert kept.keeper.counters(1)["adoptions"] == 1
+        asked.close()
+
+    trio.run(main)
+
+
+def _messages(sock: socket.socket) -> Iterator[wire.Message]:
+    sock.settimeout(10)
+    while True:
+        yield wire.decode(sock.recv(wire.PACKET_SIZE))
 
 
 def test_what_we_do_not_serve_is_refused_as_on_any_file_system(workdir: Path, layer: LazyLayer) -> None:

@@ -48,7 +48,7 @@ class Waiter:
 
     async def _wait(self, parts: Serving, spans: range) -> None:
         try:
-            await parts.link.want(spans, spans.stop)
+            await parts.link.want(spans, spans.stop, lambda: "file")
         except OSError as error:
             self.outcome = error.errno or 0
         else:
@@ -84,7 +84,7 @@ def test_what_is_there_is_not_asked_for(layer: LazyLayer) -> None:
         fetcher = Fetcher(parts)
         for span in (1, 2):
             parts.inflate(span)
-        await parts.link.want(range(1, 3), 3)
+        await parts.link.want(range(1, 3), 3, lambda: "file")
         await settled()
         assert not fetcher.pending()
         fetcher.close()
@@ -164,7 +164,7 @@ def test_a_budget_ends_the_wait(layer: LazyLayer, expected_logs: ExpectedLogs) -
     async def test(parts: Serving) -> None:
         fetcher = Fetcher(parts)
         with pytest.raises(OSError, match="did not arrive in time") as info:
-            await parts.link.want(range(1, 2), 2)
+            await parts.link.want(range(1, 2), 2, lambda: "file")
         assert info.value.errno == errno.EIO
         assert parts.count("reads_waiting") == 0
         async with trio.open_nursery() as nursery:  # the next read asks afresh
@@ -276,13 +276,28 @@ def test_a_message_that_no_fetcher_sends_is_said_and_passed_over(
     with_link(layer, test)
 
 
-def test_slow_reads_are_counted(layer: LazyLayer) -> None:
+def test_a_socket_that_was_dropped_is_asked_for(layer: LazyLayer) -> None:
+    """The fetcher and this server both live on, so nobody else notices."""
+
     async def test(parts: Serving) -> None:
-        parts.link._account(0.5)
-        parts.link._account(1.5)
-        parts.link._account(11)
-        assert (parts.count("slow_reads_1s"), parts.count("slow_reads_10s")) == (2, 1)
-        assert parts.count("wait_us") == 13_000_000
+        fetcher = Fetcher(parts)
+        await settled()
+        fetcher.close()
+        await trio.sleep(0.7)
+        assert parts.lost == 0  # nobody waits
+        async with trio.open_nursery() as nursery:
+            waiter = Waiter(parts, 1, 2, nursery)
+            while parts.lost < 2:
+                await trio.sleep(0.01)
+            assert waiter.outcome == "waiting"
+            another = Fetcher(parts)
+            assert (await another.next_want()).first == 1
+            lost = parts.lost
+            await trio.sleep(0.7)
+            assert parts.lost == lost
+            await another.deliver(1)
+        assert waiter.outcome == "there"
+        another.close()
 
     with_link(layer, test)
 

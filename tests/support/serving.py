@@ -109,7 +109,11 @@ class Serving:
         self._page = CounterPage.create("counters", NAMES)
         self.counters = CounterPage(self._page, NAMES, writable=True)
         self._handler = signal.getsignal(signal.SIGALRM)
-        self.link = SpanLink(self.view, self.counters, budget=budget)
+        self.lost = 0
+        """How often the keeper would have been asked for a socket."""
+        self.link = SpanLink(
+            self.view, self.counters, layer=layer.digest, budget=budget, on_lost=self._count_loss
+        )
         self.contents = Contents(self.tree, self.data, self.view, self.link, self.counters)
         self.operations = LayerOperations(self.tree, self.contents, self.counters)
 
@@ -129,6 +133,9 @@ class Serving:
         self.counters.close()
         os.close(self.data)
         os.close(self._page)
+
+    def _count_loss(self) -> None:
+        self.lost += 1
 
     def ino(self, path: str) -> int:
         """Return the inode at `path`."""
