@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -83,6 +83,14 @@ _GRPC_THREADS = 32
 
 _HOLDER_WAIT_S = 1.0
 
+_GRACE_S = 2.0
+"""For calls that are under way at the end; what waits for the network or for us is ended at once."""
+
+_FIRST_RETEST_S = 2.0
+"""After a start-up test that failed; doubles up to `_MAX_RETEST_S`. A test costs some 50 ms."""
+
+_MAX_RETEST_S = 300.0
+
 
 class App:
     """The daemon on one root."""
@@ -101,6 +109,7 @@ class App:
         self._keeper: Keeper
         self._fetcher: FetcherProcess
         self._provider: Provider
+        self._stop_grpc: Callable[[], object]
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError, also in groups."""
@@ -136,6 +145,8 @@ class App:
                     _log.info("ending; mounts stay", extra={"signal": signal.Signals(number).name})
                     Notifier.from_environ().stopping()
                     break
+                self._provider.end()
+                await trio.to_thread.run_sync(self._stop_grpc)
                 nursery.cancel_scope.cancel()
 
     async def _start(
@@ -175,7 +186,7 @@ class App:
         nursery.start_soon(self._fetcher.run)
         nursery.start_soon(self._watch_holder, holder)
         await self._provider.restore()
-        await self._test_laziness()
+        await self._test_laziness(nursery)
         self._serve_metrics(cleanup)
         events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
         nursery.start_soon(status.serve, root / status.SOCKET_NAME, report.collect)
@@ -272,13 +283,23 @@ class App:
             phases=self._phases,
         )
 
-    async def _test_laziness(self) -> None:
+    async def _test_laziness(self, nursery: trio.Nursery) -> None:
         self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
         if self._provider.not_lazy:
             _log.error(
                 "nothing is lazy on this host; images are pulled in full",
                 extra={"reason": self._provider.not_lazy},
             )
+            nursery.start_soon(self._test_again)
+
+    async def _test_again(self) -> None:
+        """Repeat the test until it succeeds: what was in the way may pass (memory, a module, a full disk)."""
+        wait = _FIRST_RETEST_S
+        while self._provider.not_lazy:
+            await trio.sleep(wait)
+            wait = min(2 * wait, _MAX_RETEST_S)
+            self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
+        _log.info("images are lazy on this host from now on")
 
     async def _watch_holder(self, holder: HolderClient) -> None:
         """Give a holder that was started again what the old one had. While there is none, the mounts go on."""
@@ -315,6 +336,7 @@ class App:
         finally:
             os.umask(old)
         server.start()
+        self._stop_grpc = lambda: server.stop(_GRACE_S).wait()
         cleanup.callback(snapshotter.close)
         cleanup.callback(lambda: server.stop(grace=0).wait())
 

@@ -14,7 +14,7 @@ the loop. Nothing is locked across the network but a layer by itself: who wants 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +144,8 @@ class Provider:
         self._token = trio.lowlevel.current_trio_token()
         self._uses: dict[Digest, int] = {}
         self._locks = Locks()
+        self._calls: set[trio.CancelScope] = set()
+        self._ending = False
         self._prepared: set[Digest] = set()
         self._ahead = trio.CapacityLimiter(_PREPARED_AT_ONCE)
         self._recorded: dict[int, Digest] = {}
@@ -155,7 +157,7 @@ class Provider:
 
     def provide(self, request: LayerRequest) -> Provided:
         """Mount or unpack the layer, or say why neither."""
-        return trio.from_thread.run(self._provide, request, trio_token=self._token)
+        return trio.from_thread.run(self._until_the_end, self._provide, request, trio_token=self._token)
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise Unavailable when one of these lazy snapshots is not mounted."""
@@ -219,6 +221,25 @@ class Provider:
     def gone(self, spec: MountSpec) -> None:
         """Note that a mount has ended; the last one of a layer takes its files along."""
         self._nursery.start_soon(self._drop_use, spec.layer)
+
+    def end(self) -> None:
+        """End the calls of containerd that are under way, and those that still come: they are Unavailable."""
+        self._ending = True
+        for call in self._calls:
+            call.cancel()
+
+    async def _until_the_end(
+        self, work: Callable[[LayerRequest], Awaitable[Provided]], request: LayerRequest
+    ) -> Provided:
+        with trio.CancelScope() as call:
+            if self._ending:
+                call.cancel()
+            self._calls.add(call)
+            try:
+                return await work(request)
+            finally:
+                self._calls.discard(call)
+        raise Unavailable("the snapshotter is ending; the pull can go on when it is back")
 
     async def _provide(self, request: LayerRequest) -> Provided:
         asked = Asked.from_labels(request.labels)

@@ -151,7 +151,7 @@ def _try_connect(path: str) -> socket.socket | None:
 
 
 def _start_detached(path: str) -> None:
-    """Start a holder that is nobody's child: a short-lived middle process hands it to init."""
+    """Start a holder that is nobody's child: a short-lived middle process hands it to init. Raises ProcessFailed."""
     code = (
         "import os, sys\n"
         "if os.fork(): os._exit(0)\n"
@@ -159,5 +159,9 @@ def _start_detached(path: str) -> None:
         "os.execv(sys.executable, [sys.executable, '-m', 'snapshotter.fuse.holder', sys.argv[1]])\n"
     )
     environ = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-    with open(os.devnull, "r+b") as null:
-        subprocess.run([sys.executable, "-c", code, path], check=True, stdin=null, stdout=null, env=environ)
+    command = [sys.executable, "-c", code, path]
+    try:
+        with open(os.devnull, "r+b") as null:
+            subprocess.run(command, check=True, stdin=null, stdout=null, env=environ)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ProcessFailed(f"the holder at {path} cannot be started: {error}") from error

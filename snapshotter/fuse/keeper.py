@@ -145,7 +145,7 @@ class Keeper:
             with trio.CancelScope(shield=True):
                 await self._held.forget(mountpoint.held)
             raise
-        self._set_read_ahead(device.fd)
+        self._set_read_ahead(spec.target)
         self._keep(mountpoint)
         return mountpoint
 
@@ -233,9 +233,9 @@ class Keeper:
         if not device.init.has_resend:
             await self._held.put(mountpoint)  # it may have lost the journal
 
-    def _set_read_ahead(self, fd: int) -> None:
+    def _set_read_ahead(self, target: str) -> None:
         try:
-            mounting.set_read_ahead(fd, self._read_ahead_kb)
+            mounting.set_read_ahead(target, self._read_ahead_kb)
         except OSError as error:
             _log.warning("read-ahead stays at the kernel's default", extra={"error": str(error)})
 

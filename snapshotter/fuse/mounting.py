@@ -35,6 +35,8 @@ class MountInfo(NamedTuple):
     target: bytes
     fs_type: str
     source: str
+    device: str
+    """As major:minor."""
 
 
 def open_device() -> int:
@@ -77,16 +79,17 @@ def mounts_below(directory: str) -> list[MountInfo]:
     return [info for info in _mountinfo() if info.target == prefix or info.target.startswith(prefix + b"/")]
 
 
-def set_read_ahead(fd: int, kilobytes: int) -> None:
-    """Set how far the kernel reads ahead on the mount behind `fd`. Raises OSError.
+def set_read_ahead(target: str, kilobytes: int) -> None:
+    """Set how far the kernel reads ahead on the mount at `target`. Raises OSError.
 
-    The connection's number in fdinfo is the minor device number of the mount, hence the name of its entry.
+    The entry in /sys is named by the device number, which is in mountinfo: of the target only its parent is resolved.
     """
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-        numbers = [line.split()[1] for line in lines if line.startswith("fuse_connection:")]
-    if not numbers:
-        raise OSError(errno.ENOSYS, "this kernel does not tell the number of a FUSE connection")
-    with open(f"/sys/class/bdi/0:{numbers[0]}/read_ahead_kb", "w", encoding="ascii") as control:
+    parent, name = os.path.split(target)
+    wanted = os.fsencode(os.path.join(os.path.realpath(parent), name))
+    devices = [info.device for info in _mountinfo() if info.target == wanted]
+    if not devices:
+        raise OSError(errno.ENOENT, "nothing is mounted there", target)
+    with open(f"/sys/class/bdi/{devices[-1]}/read_ahead_kb", "w", encoding="ascii") as control:
         control.write(str(kilobytes))
 
 
@@ -101,4 +104,4 @@ def _parse(line: bytes) -> MountInfo:
     )  # the kernel escapes spaces, but no other white space than tabs and newlines
     tail = fields[fields.index(b"-") + 1 :]
     target = _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-    return MountInfo(target, tail[0].decode(), tail[1].decode(errors="replace"))
+    return MountInfo(target, tail[0].decode(), tail[1].decode(errors="replace"), fields[2].decode())

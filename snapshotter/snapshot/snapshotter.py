@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snapshotter.snapshot.directories import Directories
 from snapshotter.snapshot.filters import compile_filters
 from snapshotter.snapshot.layers import Deferred, LayerProvider, LayerRequest, Lazy, Local, Provided
@@ -209,6 +209,8 @@ class Snapshotter:
     def _provide(self, request: LayerRequest) -> Provided:
         try:
             return self._layers.provide(request)
+        except Unavailable:  # the daemon is ending: the client may ask again, and need not pull in full
+            raise
         except Exception:  # noqa: BLE001 a pull goes on without us, whatever went wrong here
             _log.exception("layer provider failed", extra={"target": request.labels[LABEL_TARGET]})
             return Deferred(INTERNAL_ERROR)

@@ -295,3 +295,19 @@ def test_the_exit_code_of_an_error(
         monkeypatch.setattr(program, "_daemon", fail(error))
         assert program.main([]) == code
         assert str(error) in capsys.readouterr().err
+
+
+def test_a_start_up_test_that_failed_is_repeated(workdir: Path) -> None:
+    daemon = Daemon(workdir / "d")
+    (workdir / "d/root").mkdir()
+    obstacle = workdir / "d/root/selftest"
+    obstacle.write_text("in the way")
+    daemon.start()
+    try:
+        report = daemon.status()
+        assert not report["lazy"]
+        assert "selftest" in report["not_lazy_because"]
+        obstacle.unlink()
+        wait_until(lambda: daemon.status()["lazy"], timeout=60, what="the host is lazy")
+    finally:
+        daemon.cleanup()

@@ -338,6 +338,31 @@ def test_a_registry_that_says_nothing_costs_the_mount_timeout(
     providing(workdir, registry, test, replace(QUIET, mount_timeout=0.5))
 
 
+def test_the_end_of_the_daemon_ends_what_waits(workdir: Path, registry: Registry) -> None:
+    """A Prepare in that moment is told to ask again, and leaves nothing; so is one that still comes."""
+    image = publish(registry, [ONE])
+    registry.fault(Stall(path="/manifests/", count=-1, seconds=30))
+
+    async def test(rig: Providing) -> None:
+        outcomes: list[str] = []
+
+        async def prepare() -> None:
+            with pytest.raises(Unavailable, match="is ending") as raised:
+                await rig.prepare(image, 0)
+            outcomes.append(str(raised.value))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(prepare)
+            while not registry.requests:
+                await trio.sleep(0.01)
+            rig.provider.end()
+        await prepare()
+        assert len(outcomes) == 2
+        assert not rig.keeper.mounts
+
+    providing(workdir, registry, test, QUIET)
+
+
 def test_a_host_that_cannot_be_lazy_asks_nobody(
     workdir: Path, registry: Registry, expected_logs: ExpectedLogs
 ) -> None:

@@ -15,7 +15,7 @@ import trio
 
 from snapshotter import messages
 from snapshotter.fuse import keeper, mounting
-from snapshotter.fuse.mountpoint import State, held_names, make_mount, parse_holder_name
+from snapshotter.fuse.mountpoint import State, held_names, make_mount
 from snapshotter.layer import wire
 from snapshotter.units import Digest
 from tests.conftest import ExpectedLogs
@@ -91,24 +91,21 @@ def test_an_init_that_nobody_answered_is_answered(workdir: Path, layer: LazyLaye
 def test_what_the_holder_has_and_is_no_mount_does_not_stop_a_start(
     workdir: Path, layer: LazyLayer, expected_logs: ExpectedLogs
 ) -> None:
-    expected_logs.allow("something unknown")
+    expected_logs.allow("keeps something unknown")
     spec = layer.spec(1, workdir / "m")
 
     async def main() -> None:
         async with keeping(workdir) as kept:
             with open(os.devnull, "rb") as null:  # noqa: ASYNC230
-                for name in (
-                    "nonsense",
-                    "1",
-                    "x.36-0-0",
-                    "2.36-0-0.other",
-                    "1.36-131072-0",
-                    "3.36-0-0.journal",
-                ):
+                for name in ("nonsense", "2.36-0-0.other", "1.36-131072-0", "3.36-0-0.journal"):
                     kept.holder.put(name, null.fileno())
             assert await kept.keeper.restore([spec]) == []
             assert await shell(f"cat {spec.target}/b") == "B"
-            assert {parse_holder_name(name).snapshot_id for name in kept.holder.kept()} == {1}
+            held = kept.holder.kept()
+            for fd in held.values():
+                os.close(fd)
+            assert {"nonsense", "2.36-0-0.other"} < held.keys()  # for the version that knows them
+            assert {name.split(".")[0] for name in held.keys() - {"nonsense", "2.36-0-0.other"}} == {"1"}
 
     trio.run(main)
 

@@ -24,7 +24,7 @@ HOLDER = "soci-snapshotter-holder.service"
 
 _GIB = 1 << 30
 
-_RESEND = (6, 9)
+_OLDEST = (5, 17)
 """The Linux that can send FUSE requests again to another process."""
 
 _MIN_FILES = 16_384
@@ -64,12 +64,12 @@ def kernel(release: str, filesystems: str) -> Finding:
             "kernel", f"Linux {release} without {' and '.join(missing)}", f"modprobe {' '.join(missing)}"
         )
     numbers = re.match(r"(\d+)\.(\d+)", release)
-    if numbers and (int(numbers[1]), int(numbers[2])) >= _RESEND:
+    if numbers and (int(numbers[1]), int(numbers[2])) >= _OLDEST:
         return ok("kernel", f"Linux {release}")
     return warning(
         "kernel",
-        f"Linux {release} cannot send FUSE requests again (6.9 and later can)",
-        "see what `status` says of laziness here; a newer kernel is the better way",
+        f"Linux {release} is too old for lazy loading (5.17 and later can)",
+        "images are pulled in full here; a newer kernel is the way",
     )
 
 
