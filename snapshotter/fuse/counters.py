@@ -16,7 +16,7 @@ NAMES = (
     "wait_us",  # microseconds that reads have waited for spans, in all
     "slow_reads_1s",  # reads that waited longer than a second
     "slow_reads_10s",  # … than ten
-    "requests_given_up",  # requests that no server survived, answered with EIO by the keeper
+    "given_up_requests",  # requests that no server survived, answered with EIO by the keeper
     "header_mismatches",  # files whose tar header is not what the zTOC says
     *(f"requests_{kind}" for kind in REQUEST_KINDS),
     *(f"failures_{kind}" for kind in REQUEST_KINDS),

@@ -286,7 +286,7 @@ class Keeper:
         except InterruptedError:
             return  # the next short life counts again
         for request in given_up:
-            mountpoint.counters.add("requests_given_up")
+            mountpoint.counters.add("given_up_requests")
             _log.error(
                 "a request that no layer server survives was answered with an error",
                 extra={
