@@ -51,8 +51,9 @@ class TestHost:
         [
             ("6.9.0", BOTH, Level.OK),
             ("10.0-rc1", BOTH, Level.OK),
-            ("6.8.12-generic", BOTH, Level.WARNING),
-            ("6.1.0-44-amd64", BOTH, Level.WARNING),
+            ("6.8.12-generic", BOTH, Level.OK),
+            ("6.1.0-44-amd64", BOTH, Level.OK),
+            ("5.15.0-100-generic", BOTH, Level.WARNING),
             ("6.12.1", BOTH.replace("\tfuse\n", "\n"), Level.PROBLEM),
             ("6.12.1", BOTH.replace("overlay", "other"), Level.PROBLEM),
         ],

@@ -25,7 +25,7 @@ HOLDER = "soci-snapshotter-holder.service"
 _GIB = 1 << 30
 
 _OLDEST = (5, 17)
-"""The Linux that can send FUSE requests again to another process."""
+"""The Linux whose FUSE protocol is spoken here (7.36)."""
 
 _MIN_FILES = 16_384
 """Open files: a few for each of some thousand layers. The units ask for more."""
