@@ -358,8 +358,9 @@ def test_a_span_that_nobody_brings_is_an_error_in_time(workdir: Path) -> None:
                 await shell(f"cat {target}/f")
             assert b"Input/output error" in raised.value.stderr
             assert (await shell(f"ls {target}")) == "f\n"
-            counters = kept.keeper.counters(1)
-            assert counters["failures_read"] >= 1
-            assert counters["reads_waiting"] == 0
+            assert kept.keeper.counters(1)["failures_read"] >= 1
+            with trio.fail_after(20):  # read-ahead may still wait
+                while kept.keeper.counters(1)["reads_waiting"]:
+                    await trio.sleep(0.01)
 
     trio.run(main)
