@@ -26,6 +26,7 @@ help:
 	@echo "make fuzz    SECONDS=600: every parser of foreign bytes, guided by coverage; a line of JSON for each"
 	@echo "make leaks   CYCLES=1000: mount cycles and many reads; ends with a line of JSON"
 	@echo "make deb     the Debian package, into dist/"
+	@echo "make bench   every figure of the README, in half an hour; the machine should do nothing else"
 	@echo "make lint    format check, lint, types"
 	@echo "make format  rewrite to the house format"
 	@echo "make lock    choose the newest allowed versions again"
@@ -66,7 +67,8 @@ test: lint
 demo: setup
 	@$(BIN)/python -m bench.demo
 
-bench: demo
+bench: setup
+	@$(BIN)/python -m bench --readme
 
 chaos: setup
 	@$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)

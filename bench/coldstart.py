@@ -22,23 +22,12 @@ from dataclasses import dataclass, field
 
 from bench.contenders import Contender, Ours, contenders
 from bench.figures import Figure
+from bench.goals import goal
 from bench.site import Site
 from snapshotter.fetch.fetcher import TRACE_DELAY
 
 ROUNDS = 3
 """Trials of each contender on each site."""
-
-FULL_GOAL, REFERENCE_GOAL = 0.30, 0.50
-"""Of the time of a full pull and of the reference's lazy pull, with the run that follows."""
-
-SECOND_GOAL = 1.1
-"""Of overlayfs, for a second container."""
-
-RANGES_GOAL = 60
-BYTES_GOAL = 1.3
-"""On-demand bytes, of the compressed bytes of all spans that the program used."""
-
-WHOLE_GOAL = 1.0
 
 READ_ALL = """\
 import os
@@ -161,25 +150,18 @@ def figures(place: str, trials: Mapping[str, Sequence[Trial]]) -> Iterator[Figur
             medians[name],
             detail={"min": round(min(totals), 2), "max": round(max(totals), 2)} | _middle(some),
         )
-    for other, goal in (("full", FULL_GOAL), ("reference", REFERENCE_GOAL)):
-        ratio = medians["ours"] / medians[other] if other in medians else None
-        detail = {} if ratio is not None else {"reason": "the reference is not on this machine"}
-        yield Figure(f"cold start over {other}, {place}", "x", ratio, goal, detail=detail)
+    yield goal(f"cold start over full pull, {place}").figure(medians["ours"] / medians["full"])
+    over_reference = goal(f"cold start over reference, {place}")
+    if "reference" in medians:
+        yield over_reference.figure(medians["ours"] / medians["reference"])
+    else:
+        yield over_reference.figure(None, reason="the reference is not on this machine")
     yield from _second_figures(place, trials)
     facts = [one.facts for one in trials["ours"]]
-    yield Figure(
-        f"on-demand ranges, {place}",
-        "",
-        statistics.median(one["ondemand_ranges"] for one in facts),
-        RANGES_GOAL,
-    )
-    shares = [one["ondemand_bytes"] / one["touched_bytes"] for one in facts]
-    yield Figure(
-        f"on-demand bytes over those of the spans touched, {place}",
-        "x",
-        statistics.median(shares),
-        BYTES_GOAL,
-    )
+    ranges = statistics.median(one["ondemand_ranges"] for one in facts)
+    yield goal(f"on-demand ranges until the run ends, {place}").figure(ranges)
+    share = statistics.median(one["ondemand_bytes"] / one["touched_bytes"] for one in facts)
+    yield goal(f"on-demand bytes over those of the spans touched, {place}").figure(share)
 
 
 def _second_figures(place: str, trials: Mapping[str, Sequence[Trial]]) -> Iterator[Figure]:
@@ -188,25 +170,19 @@ def _second_figures(place: str, trials: Mapping[str, Sequence[Trial]]) -> Iterat
         ("warm", {name: one.second for name, one in last.items()}),
         ("page cache dropped", {name: one.dropped for name, one in last.items()}),
     ):
-        yield Figure(
-            f"second container over overlayfs, {what}, {place}",
-            "x",
-            seconds["ours"] / seconds["full"],
-            SECOND_GOAL,
-            detail={f"{name}_s": round(value, 2) for name, value in seconds.items()},
-        )
+        detail = {f"{name}_s": round(value, 2) for name, value in seconds.items()}
+        second = goal(f"second container over overlayfs, {what}, {place}")
+        yield second.figure(seconds["ours"] / seconds["full"], **detail)
 
 
-def whole_figure(site: Site, place: str, reference: str, layers: int) -> Figure:
+def whole_figure(site: Site, reference: str, layers: int) -> Figure:
     """Return how long reading everything takes lazily, over the same after a full pull. Raises AssertionError."""
     full, answer = read_whole(site, Contender, reference, layers)
     lazy, lazy_answer = read_whole(site, Ours, reference, layers)
     if answer != lazy_answer:
         raise AssertionError(f"after a full pull {answer} bytes were read, lazily {lazy_answer}")
-    detail = {"full_s": round(full, 2), "ours_s": round(lazy, 2)}
-    return Figure(
-        f"every byte read, to offline, over full, {place}", "x", lazy / full, WHOLE_GOAL, detail=detail
-    )
+    whole = goal("every byte read, to offline, over full pull")
+    return whole.figure(lazy / full, full_s=round(full, 2), ours_s=round(lazy, 2))
 
 
 def _middle(trials: Sequence[Trial]) -> dict[str, object]:

@@ -38,17 +38,31 @@ class Figure:
             return ""
         return f"{'<=' if self.better == 'less' else '>='} {self.goal:g} {self.unit}".rstrip()
 
+    @property
+    def rounded(self) -> float | None:
+        """What was measured, with four significant digits."""
+        return None if self.got is None else float(f"{self.got:.4g}")
+
     def to_json(self) -> str:
-        """Return the line of JSON; `got` with four significant digits."""
-        got = None if self.got is None else float(f"{self.got:.4g}")
-        line = {"figure": self.name, "goal": self.limit, "got": got, "unit": self.unit, "met": self.met}
+        """Return the line of JSON."""
+        line = {
+            "figure": self.name,
+            "goal": self.limit,
+            "got": self.rounded,
+            "unit": self.unit,
+            "met": self.met,
+        }
         return json.dumps(line | dict(self.detail))
 
 
 def summary(figures: Iterable[Figure]) -> str:
-    """Return the last line of JSON: how many figures have a goal, the names of those that missed it, and of those
-    that could not be measured."""
+    """Return the last line of JSON: how many figures have a goal, those that missed it with what they got, and the
+    names of those that could not be measured."""
     aimed = [figure for figure in figures if figure.goal is not None]
-    missed = [figure.name for figure in aimed if figure.met is False]
+    missed = [
+        {"figure": figure.name, "goal": figure.limit, "got": figure.rounded}
+        for figure in aimed
+        if figure.met is False
+    ]
     unmeasured = [figure.name for figure in aimed if figure.met is None]
     return json.dumps({"goals": len(aimed), "missed": missed, "not_measured": unmeasured})

@@ -5,18 +5,22 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from bench import coldstart, demo, identity, image, mixed
+from bench import __main__ as program
+from bench import code, coldstart, demo, identity, image, mixed, readme
 from bench.contenders import Reference
 from bench.figures import Figure, summary
+from bench.goals import GOALS, LINK
 from bench.image import Recipe
 from tests.support.netns import LoneHost
 
@@ -91,7 +95,7 @@ def test_a_figure_says_whether_its_goal_is_met() -> None:
     assert json.loads(told.to_json())["goal"] == ""
     assert json.loads(summary([wall, rate, absent, told])) == {
         "goals": 3,
-        "missed": ["create"],
+        "missed": [{"figure": "create", "goal": "<= 0.33 x reference", "got": 0.3333}],
         "not_measured": ["lazy"],
     }
 
@@ -107,13 +111,13 @@ def test_figures_of_cold_starts_compare_medians() -> None:
         "ours": [trial("ours", pull) for pull in (1.5, 0.5, 9.0)],
     }
     trials["ours"][-1].second = 1.2
-    found = {figure.name: figure for figure in coldstart.figures("here", trials)}
-    assert found["cold start, full, here"].got == 30.0
-    assert found["cold start over full, here"].got == pytest.approx(4.0 / 30.0)
-    assert found["cold start over full, here"].met
-    assert found["cold start over reference, here"].got is None
-    assert found["second container over overlayfs, warm, here"].got == pytest.approx(1.2)
-    assert found["on-demand bytes over those of the spans touched, here"].got == pytest.approx(1.2)
+    found = {figure.name: figure for figure in coldstart.figures(LINK, trials)}
+    assert found[f"cold start, full, {LINK}"].got == 30.0
+    assert found[f"cold start over full pull, {LINK}"].got == pytest.approx(4.0 / 30.0)
+    assert found[f"cold start over full pull, {LINK}"].met
+    assert found[f"cold start over reference, {LINK}"].got is None
+    assert found[f"second container over overlayfs, warm, {LINK}"].got == pytest.approx(1.2)
+    assert found[f"on-demand bytes over those of the spans touched, {LINK}"].got == pytest.approx(1.2)
 
 
 def test_our_own_programs_are_not_taken_for_the_reference(
@@ -155,3 +159,51 @@ def test_a_score_names_what_differs() -> None:
     score.count("one", same=True)
     score.count("two", same=False)
     assert (str(score), score.different) == ("1 of 2", ["two"])
+
+
+def test_the_readme_has_the_table_of_exactly_these_goals() -> None:
+    text = readme.README.read_text()
+    inside = text[text.index(readme.BEGIN) + len(readme.BEGIN) : text.index(readme.END)].strip().splitlines()
+    assert inside[:2] == list(readme.HEAD)
+    rows = [line.strip("| ").split(" | ") for line in inside[2:]]
+    assert [(name, limit) for name, limit, _ in rows] == [
+        (goal.name, goal.figure(None).limit) for goal in GOALS
+    ]
+    numbers = re.compile(r"-|(\*\*)?[\d.e+]+( [A-Za-z%].*?)?(\*\*)?")
+    assert [got for _, _, got in rows if not numbers.fullmatch(got)] == []
+
+
+def test_a_table_shows_what_was_measured_and_what_was_missed(tmp_path: Path) -> None:
+    place = tmp_path / "README.md"
+    place.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    met, missed = GOALS[0].figure(0.251), GOALS[1].figure(0.4)
+    readme.write([met, missed], place)
+    lines = place.read_text().splitlines()
+    assert lines[4] == f"| {GOALS[0].name} | <= 0.3 x | 0.251 x |"
+    assert lines[5] == f"| {GOALS[1].name} | <= 0.3 x | **0.4 x** |"
+    assert lines[6].endswith("| - |")
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+
+
+def test_the_code_can_be_measured_and_every_figure_has_its_goal() -> None:
+    found = {figure.name: figure for figure in code.figures()}
+    assert set(found) == {one.name for one in GOALS if one.name.startswith("code, ")}
+    assert found["code, import cycles"].got == 0
+
+
+def test_a_section_that_fails_leaves_its_goals_unmeasured(
+    tmp_path: Path, root: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(directory: Path) -> Iterator[Figure]:
+        yield GOALS[0].figure(0.1)
+        raise AssertionError(f"no registry in {directory.name[:3]}")
+
+    monkeypatch.setattr(program, "SECTIONS", {"broken": fail})
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "bench.jsonl")
+    assert program.main(["broken"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == {"section": "broken", "failed": "no registry in sb-"}
+    assert lines[-1]["goals"] == len(GOALS)
+    assert GOALS[0].name not in lines[-1]["not_measured"]
+    assert GOALS[1].name in lines[-1]["not_measured"]
+    assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == len(GOALS)
