@@ -24,6 +24,7 @@ from snapshotter.registry.hosts import NO_LIMIT, named_host
 from snapshotter.registry.hostsfile import HostsDirectories
 from snapshotter.registry.keychain import DockerConfigKeychain, Keychain
 from snapshotter.registry.keychains import ChainKeychain
+from snapshotter.registry.kubekeychain import KubeKeychain
 from snapshotter.registry.mirrors import ConfiguredHosts
 
 
@@ -43,6 +44,12 @@ class Credentials:
 
     def __init__(self, config: Config) -> None:
         keychains: dict[str, Keychain] = {"docker": DockerConfigKeychain()}
+        kubeconfig_keychain = config.kubeconfig_keychain
+        self.kube: KubeKeychain | None = None
+        if kubeconfig_keychain.enable_keychain:
+            given = kubeconfig_keychain.kubeconfig_path
+            path = Path(given) if given else None
+            keychains["kubernetes"] = self.kube = KubeKeychain(path)
         self.cri = CriKeychain() if config.cri_keychain.enable_keychain else None
         if self.cri is not None:
             keychains["cri"] = self.cri
@@ -56,6 +63,8 @@ class Credentials:
         async with trio.open_nursery() as nursery:
             if self.ecr is not None:
                 nursery.start_soon(self.ecr.run)
+            if self.kube is not None:
+                nursery.start_soon(self.kube.run)
 
 
 def configured_hosts(config: Config) -> ConfiguredHosts:
@@ -99,8 +108,21 @@ def registry_numbers(
         outcomes = {"answer": each.answers, "none": each.misses, "failure": each.failures}
         lookups.rows.extend(((name, outcome), count) for outcome, count in outcomes.items())
     yield from (requests, resting, mistakes, lookups, failing)
+    if credentials.kube is not None:
+        yield from _secrets(credentials.kube)
     if credentials.ecr is not None:
         yield from _tokens(credentials.ecr)
+
+
+def _secrets(keychain: KubeKeychain) -> Iterator[Family]:
+    numbers = keychain.statistics
+    synced = Family("soci_kubernetes_synced", "Whether the pull secrets were read.", ())
+    synced.rows.append(((), numbers.is_synced))
+    secrets = Family("soci_kubernetes_secrets", "Pull secrets known.", ())
+    secrets.rows.append(((), numbers.secrets))
+    failures = Family("soci_kubernetes_failures", "Lists and watches that failed.", (), True)
+    failures.rows.append(((), numbers.failures))
+    yield from (synced, secrets, failures)
 
 
 def _tokens(keychain: EcrKeychain) -> Iterator[Family]:

@@ -103,7 +103,7 @@ class DockerConfigKeychain:
                 if credentials is not None:
                     return credentials
         entry = entry_for(_member(config, "auths", dict, path), host)
-        found = None if entry is None else _from_entry(entry, host, path)
+        found = None if entry is None else from_entry(entry, host, f"docker config {path}")
         if found is None and failure is not None:
             raise failure
         return found
@@ -145,9 +145,9 @@ def _from_helper(helper: str, host: str, done: subprocess.CompletedProcess[bytes
     return Credentials(username, secret) if username or secret else None
 
 
-def _from_entry(entry: object, host: str, path: Path) -> Credentials | None:
+def from_entry(entry: object, host: str, source: str) -> Credentials | None:
     """Return the credentials in one member of `auths`; None for the empty entries that helpers leave there."""
-    where = f"docker config {path}: auths entry of {host}"
+    where = f"{source}: auths entry of {host}"
     if not isinstance(entry, dict):
         raise AuthenticationFailed(f"{where}: not an object")
     identity, encoded = entry.get("identitytoken"), entry.get("auth")

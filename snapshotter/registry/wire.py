@@ -190,7 +190,7 @@ class Wire:
                     return
                 yield piece
         finally:
-            await _abandon(response, raw)
+            await abandon(response, raw)
 
     async def _send(self, exchange: Exchange, method: str, url: httpx.URL, deadline: float) -> httpx.Response:
         headers = httpx.Headers(exchange.headers)
@@ -239,7 +239,7 @@ def joined(what: str, url: httpx.URL, location: str) -> httpx.URL:
         raise RegistryRefused(f"{what}: {host_of(url)} sends us to something that is no URL") from None
 
 
-async def _abandon(response: httpx.Response, raw: AsyncIterator[bytes]) -> None:
+async def abandon(response: httpx.Response, raw: AsyncIterator[bytes]) -> None:
     """Close a reply whose body may not have been read to its end, whether or not this task is being cancelled.
 
     httpx's body is a chain of generators. With the connection closed, the next read ends them all; left alone

@@ -171,7 +171,6 @@ def test_a_key_without_effect_has_none(file: Path, key: tuple[str, ...]) -> None
         "[fuse]\nlog_fuse_operations = true",
         "[prefetch]\nenable = true",
         "[pull_modes.parallel_pull_unpack]\nenable = true",
-        "[kubeconfig_keychain]\nenable_keychain = true",
     ],
 )
 def test_asking_for_what_is_still_to_come_is_a_warning(file: Path, text: str) -> None:

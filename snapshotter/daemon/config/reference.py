@@ -89,7 +89,6 @@ NOT_YET: tuple[KeyPath, ...] = (
     ("fuse", "log_fuse_operations"),
     ("pull_modes", "parallel_pull_unpack"),
     ("prefetch",),
-    ("kubeconfig_keychain",),
 )
 """Keys, or whole tables, that nobody reads yet; remove an entry with the change that reads it (a test compares)."""
 
