@@ -173,9 +173,9 @@ def test_waits_are_a_histogram(numbers: Numbers, scrape: Scrape) -> None:
 def test_steps_are_a_histogram_with_failures(numbers: Numbers, scrape: Scrape) -> None:
     for seconds in (0.0005, 0.003, 0.003, 100.0):
         numbers.steps.observe(Phase.COMPILE, seconds)
-    with pytest.raises(ConfigError), numbers.steps.timed(Phase.COMPILE):
+    with pytest.raises(ConfigError), numbers.steps.timed(Phase.COMPILE, "sha256:layer"):
         raise ConfigError("broken")
-    with pytest.raises(ConfigError), numbers.steps.timed(Phase.INDEX, answers=(ConfigError,)):
+    with pytest.raises(ConfigError), numbers.steps.timed(Phase.INDEX, "sha256:image", answers=(ConfigError,)):
         raise ConfigError("an answer")
     found = samples(scrape())
     assert found["soci_phase_seconds_bucket 0.001 compile"] == 1
