@@ -250,6 +250,9 @@ class Daemon(Service):
     detaches their mounts. `prefix` is a command put before the daemon's own, say to enter a network namespace.
     """
 
+    program = "snapshotter.daemon.main"
+    """The module that is started; `tests.support.oldkernel` is the same on an older kernel."""
+
     def __init__(
         self,
         directory: Path,
@@ -269,7 +272,7 @@ class Daemon(Service):
         self.config.write_text(config)
         self._prefix = list(prefix)
         super().__init__(
-            [*prefix, sys.executable, "-m", "snapshotter.daemon.main", *self.options()],
+            [*prefix, sys.executable, "-m", self.program, *self.options()],
             log=self.directory / "daemon.log",
             env=env,
         )

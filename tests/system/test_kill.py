@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.images import ImageBuilder
 from tests.support.lazysystem import LazySystem, lazy_system
-from tests.support.process import wait_until
+from tests.support.process import Daemon, wait_until
 
 _RANDOM = random.Random(17)
 FILES = {f"d/f{number:03}": _RANDOM.randbytes(_RANDOM.randrange(1_000, 400_000)) for number in range(120)}
@@ -166,3 +166,24 @@ def test_a_stopped_daemon_keeps_its_mounts_and_a_start_needs_no_network(
         assert all(reads > 10 for reads, _worst in results)
     finally:
         system.registry.start()
+
+
+def test_on_a_kernel_that_sends_requests_once(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 6.9: the same kills, and the journal has what the dead took along."""
+    monkeypatch.setattr(Daemon, "program", "tests.support.oldkernel")
+    with lazy_system(workdir) as system:
+        image = ImageBuilder(workdir / "image").layer(FILES, level=1).build()
+        system.pull(system.publish(image, "test/old", "--min-layer-size", "0", "--span-size", "131072"))
+        with readers(system, workdir) as finish:
+            for role in ("server", "fetcher", "server", "zygote", "server"):
+                time.sleep(0.4)
+                for pid in pids(system, role):
+                    os.kill(pid, signal.SIGKILL)
+            for _round in range(2):
+                for pid in (*pids(system, "server"), *pids(system, "fetcher"), *pids(system, "zygote")):
+                    os.kill(pid, signal.SIGKILL)
+                system.daemon.kill()
+                system.daemon.start()
+                time.sleep(0.4)
+            results = finish()
+        assert all(reads > 10 for reads, _worst in results)
