@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,17 +99,17 @@ class NextStart:
 
 @pytest.fixture(scope="module")
 def layer() -> Layer:
-    return make_layer(size=1 << 18, span_size=1 << 13)
+    return make_layer(size=1 << 20, span_size=1 << 13)
 
 
 @pytest.fixture(scope="module")
-def tape(tmp_path_factory: pytest.TempPathFactory, layer: Layer) -> Iterator[Tape]:
+def tape(tmp_path_factory: pytest.TempPathFactory, layer: Layer) -> Tape:
     """The life of a layer."""
     with pytest.MonkeyPatch.context() as patch, Registry() as registry, recording(patch) as tape:
         patch.setattr(eviction, "GRACE_SECONDS", 0.0)
         root = tmp_path_factory.mktemp("life")
         live(root, registry, layer, tape)
-        yield tape
+    return tape
 
 
 def live(root: Path, registry: Registry, layer: Layer, tape: Tape) -> None:
@@ -134,7 +133,7 @@ def live(root: Path, registry: Registry, layer: Layer, tape: Tape) -> None:
         rig.open(layer, background=True)
         rig.wait_verified(layer)
     tape.mark("evicting")
-    cap = len(layer.ztoc) + len(layer.tree) + (300 << 10)
+    cap = len(layer.ztoc) + len(layer.tree) + (900 << 10)
     with Rig(root, registry, options={"boot_id": "second", "cache_max_bytes": cap}) as rig:
         rig.add(layer)
         server = rig.connect(layer)
