@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import time
 from collections import OrderedDict
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -39,6 +43,9 @@ _NO_INDEX_HOLDS_S = 30.0
 """A pull of an image without index asks for each of its layers within this time."""
 
 _FAILURE_HOLDS_S = 2.0
+
+_YOUNG_S = 600.0
+"""Longer than the pull of an image takes from its first layer to its first mount."""
 
 _Key = tuple[str, Digest, Digest | None]
 
@@ -102,6 +109,18 @@ class Catalog:
             },
         )
         return found
+
+    def tidy(self, used: Collection[str]) -> None:
+        """Remove from disk what is known of images that nothing uses; `used` are manifest digests. For a thread.
+
+        What is young stays: its image may be on its way.
+        """
+        names = {digest_hex(Digest(manifest)) for manifest in used}
+        for directory in self._directory.iterdir():
+            with suppress(FileNotFoundError):
+                age = time.time() - directory.stat().st_mtime
+                if directory.name not in names and not 0 <= age < _YOUNG_S:
+                    shutil.rmtree(directory, ignore_errors=True)
 
     def _load(self, manifest: Digest, explicit: Digest | None) -> Found | None:
         """Return what is on disk, None when there is nothing whole that may be used."""

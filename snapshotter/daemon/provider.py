@@ -182,6 +182,8 @@ class Provider:
         """Unmount a lazy layer."""
         released = trio.from_thread.run(self._release, snapshot_id, directory, trio_token=self._token)
         self._store.forget_mount(snapshot_id)
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._nursery.start_soon, self._tidy_images)
         return released
 
     def close(self) -> None:
@@ -204,6 +206,7 @@ class Provider:
             specs.append(self._spec(mount.snapshot_id, mount.layer, mount.tree_variant))
         for layer in set(await trio.to_thread.run_sync(self._layers.layers)) - self._uses.keys():
             await self._remove(layer)
+        await self._tidy_images()
         with trio.move_on_after(_RESTORE_PATIENCE_S) as patience:
             async with trio.open_nursery() as nursery:
                 for layer in self._uses:
@@ -211,6 +214,15 @@ class Provider:
         if patience.cancelled_caught:
             _log.error("no fetcher yet: layers are served as far as they are there")
         await self._keeper.restore(specs)
+
+    async def _tidy_images(self) -> None:
+        """Forget images of which nothing is mounted any more."""
+        mounts = await trio.to_thread.run_sync(self._store.lazy_mounts)
+        used = {mount.manifest_digest for mount in mounts}
+        try:
+            await trio.to_thread.run_sync(self._catalog.tidy, used)
+        except OSError as error:
+            _log.warning("what is known of unused images stays", extra={"error": str(error)})
 
     async def _open_again(self, layer: Digest) -> None:
         try:

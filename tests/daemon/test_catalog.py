@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def resolved(
 
     catalogued(root, image.registry, test, modes)
     return got[0]
+
+
+# --- what stays on disk
+
+
+def test_what_nothing_uses_goes_when_it_is_no_longer_young(tmp_path: Path, registry: Registry) -> None:
+    used, unused, young = (
+        publish(registry, [make_tar({"name": name.encode()})]) for name in ("used", "unused", "young")
+    )
+    for image in (used, unused, young):
+        resolved(tmp_path, image)
+    for image in (used, unused):
+        os.utime(directory_of(tmp_path, image), (1e9, 1e9))
+
+    async def test(catalog: Catalog, clock: trio.testing.MockClock) -> None:
+        catalog.tidy({str(used.image.digest)})
+
+    catalogued(tmp_path, registry, test)
+    assert [directory_of(tmp_path, image).exists() for image in (used, unused, young)] == [True, False, True]
 
 
 # --- within one life

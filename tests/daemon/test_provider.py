@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from snapshotter.daemon import catalog
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.provider import Asked
 from snapshotter.errors import Unavailable
@@ -497,6 +499,33 @@ def test_a_restart_needs_no_network(workdir: Path, registry: Registry, expected_
         assert rig.store.lazy_mounts() == []
 
     providing(workdir, registry, test)
+
+
+def test_the_space_of_a_removed_image_is_free_at_once(
+    workdir: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_YOUNG_S", 0.0)
+    image = publish(registry, [make_tar({"big": os.urandom(8 << 20)})])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", workdir], check=True)
+
+    def free() -> int:
+        disk = os.statvfs(workdir)
+        return disk.f_bavail * disk.f_frsize
+
+    async def test(rig: Providing) -> None:
+        before = free()
+        await rig.prepare(image, 0)
+        await rig.read(1, "big")
+        assert free() < before - (16 << 20), "the blob and what it inflates to"
+        await rig.release(1)
+        with trio.fail_after(20):
+            while free() < before - (1 << 20) or os.listdir(rig.root / "images"):
+                await trio.sleep(0.02)
+
+    try:
+        providing(workdir, registry, test)
+    finally:
+        subprocess.run(["umount", "-l", workdir], check=True)
 
 
 def test_layers_that_nobody_uses_are_removed_at_the_start(workdir: Path, registry: Registry) -> None:
