@@ -16,11 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench import code, coldstart, readme, transfer
+from bench import code, coldstart, mounts, readme, transfer
 from bench import image as images
 from bench.demo import orderly_end
 from bench.figures import Figure, summary
-from bench.goals import GOALS, LINK, LOOPBACK
+from bench.goals import GOALS, LINK, LOOPBACK, PLACES
 from bench.recipes import LARGE
 from bench.site import Site
 from tests.support.containerd import remove_directory
@@ -35,33 +35,45 @@ _LINKS = {LOOPBACK: None, LINK: Link(delay=0.01, rate=125e6)}
 Section = Callable[[Path], Iterator[Figure]]
 
 
-def cold_starts(directory: Path) -> Iterator[Figure]:
-    """Yield the figures of cold starts, at both places."""
+@contextlib.contextmanager
+def _published(directory: Path, place: str) -> Iterator[tuple[Site, str]]:
+    """Give a site at `place` whose registry has the large image and its index, and the reference."""
     image = images.build(LARGE, tell=_tell)
     if image.size < LEAST_SIZE:
         raise AssertionError(f"the image has {image.size} compressed bytes, less than {LEAST_SIZE}")
     storage = images.CACHE.parent / "registry" / LARGE.key
-    for number, (place, link) in enumerate(_LINKS.items()):
-        here = directory / str(number)
-        here.mkdir()
-        site = Site(here, link=link, tls=True, storage=storage)
-        try:
-            site.start()
-            reference = f"{site.registry.name}/{LARGE.name}:latest"
-            if not (storage / "indexed").exists():
-                site.registry.push(image, LARGE.name)
-                site.index(reference)
-                (storage / "indexed").touch()
-            yield from coldstart.measure(site, place, reference, len(image.layers), tell=_tell)
+    here = Path(tempfile.mkdtemp(dir=directory))
+    with contextlib.ExitStack() as undo:
+        site = Site(here, link=_LINKS[place], tls=True, storage=storage)
+        undo.callback(site.close)
+        site.start()
+        reference = f"{site.registry.name}/{LARGE.name}:latest"
+        if not (storage / "indexed").exists():
+            site.registry.push(image, LARGE.name)
+            site.index(reference)
+            (storage / "indexed").touch()
+        yield site, reference
+
+
+def cold_starts(directory: Path) -> Iterator[Figure]:
+    """Yield the figures of cold starts, at both places."""
+    for place in PLACES:
+        with _published(directory, place) as (site, reference):
+            yield from coldstart.measure(site, place, reference, tell=_tell)
             if place == LOOPBACK:
-                yield coldstart.whole_figure(site, reference, len(image.layers))
-        finally:
-            site.close()
+                yield coldstart.whole_figure(site, reference)
+
+
+def lazy_mounts(directory: Path) -> Iterator[Figure]:
+    """Yield the figures of mounts."""
+    with _published(directory, LOOPBACK) as (site, reference):
+        yield from mounts.figures(site, reference)
 
 
 SECTIONS: dict[str, Section] = {
     "code": lambda _: code.figures(),
     "transfer": transfer.figures,
+    "mounts": lazy_mounts,
     "coldstart": cold_starts,
 }
 

@@ -66,7 +66,7 @@ class Trial:
 
 
 def cold_start(
-    site: Site, make: Callable[[Site], Contender], reference: str, layers: int, *, later: bool = False
+    site: Site, make: Callable[[Site], Contender], reference: str, *, later: bool = False
 ) -> Trial:
     """Do one cold start, and the second and third containers if `later`. Raises AssertionError."""
     contender = make(site)
@@ -93,7 +93,7 @@ def cold_start(
             time.sleep(2 * TRACE_DELAY)
             trial.facts["touched_bytes"] = contender.touched_bytes()
         if later:
-            contender.wait_complete(layers)
+            contender.wait_complete()
             contender.run(reference)
             trial.second = _seconds(lambda: contender.run(reference))
             site.make_cold()
@@ -103,9 +103,7 @@ def cold_start(
         contender.close()
 
 
-def read_whole(
-    site: Site, make: Callable[[Site], Contender], reference: str, layers: int
-) -> tuple[float, str]:
+def read_whole(site: Site, make: Callable[[Site], Contender], reference: str) -> tuple[float, str]:
     """Return the seconds from nothing until every file was read in a container and the network is not needed any more,
     and how many bytes that were."""
     contender = make(site)
@@ -114,7 +112,7 @@ def read_whole(
         started = time.monotonic()
         contender.pull(reference)
         answer = contender.run(reference, "python3", "-c", READ_ALL)
-        contender.wait_complete(layers)
+        contender.wait_complete()
         return time.monotonic() - started, answer
     finally:
         contender.close()
@@ -124,7 +122,6 @@ def measure(
     site: Site,
     place: str,
     reference: str,
-    layers: int,
     *,
     rounds: int = ROUNDS,
     tell: Callable[[str], None],
@@ -133,7 +130,7 @@ def measure(
     trials: dict[str, list[Trial]] = {}
     for number in range(rounds):
         for make in contenders():
-            trial = cold_start(site, make, reference, layers, later=number == rounds - 1)
+            trial = cold_start(site, make, reference, later=number == rounds - 1)
             trials.setdefault(trial.contender, []).append(trial)
             tell(f"{place}: {trial}")
     yield from figures(place, trials)
@@ -175,10 +172,10 @@ def _second_figures(place: str, trials: Mapping[str, Sequence[Trial]]) -> Iterat
         yield second.figure(seconds["ours"] / seconds["full"], **detail)
 
 
-def whole_figure(site: Site, reference: str, layers: int) -> Figure:
+def whole_figure(site: Site, reference: str) -> Figure:
     """Return how long reading everything takes lazily, over the same after a full pull. Raises AssertionError."""
-    full, answer = read_whole(site, Contender, reference, layers)
-    lazy, lazy_answer = read_whole(site, Ours, reference, layers)
+    full, answer = read_whole(site, Contender, reference)
+    lazy, lazy_answer = read_whole(site, Ours, reference)
     if answer != lazy_answer:
         raise AssertionError(f"after a full pull {answer} bytes were read, lazily {lazy_answer}")
     whole = goal("every byte read, to offline, over full pull")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import ClassVar
 
 from bench.recipes import COMMAND
 from bench.site import SNAPSHOTTER, Site
@@ -66,8 +67,8 @@ class Contender:
             reference, *(command or COMMAND), snapshotter=self.snapshotter, timeout=300
         )
 
-    def wait_complete(self, layers: int) -> None:
-        """Return when the network is not needed any more for the image's `layers`."""
+    def wait_complete(self) -> None:
+        """Return when the network is not needed any more for the image."""
 
     def facts(self) -> dict[str, float]:
         """Return what there is to tell of this contender alone."""
@@ -155,7 +156,7 @@ class Ours(Contender):
 
     name = "ours"
     snapshotter = SNAPSHOTTER
-    config: Mapping[str, object] = {}
+    config: ClassVar[Mapping[str, object]] = {}
 
     def pull(self, reference: str) -> None:
         """Pull the image by our client."""
@@ -163,13 +164,14 @@ class Ours(Contender):
             self.containerd, "image", "rpull", *self.site.scheme, "--snapshotter", SNAPSHOTTER, reference
         )
 
-    def wait_complete(self, layers: int) -> None:
-        """Return when every layer is complete and verified."""
+    def wait_complete(self) -> None:
+        """Return when every lazy layer is complete and verified."""
 
         def verified() -> bool:
-            return self.daemon.metrics()["soci_fetch_layers_verified_total"] >= layers
+            mounts = self.daemon.status()["mounts"]
+            return bool(mounts) and all(mount.get("verified") for mount in mounts)
 
-        wait_until(verified, timeout=COMPLETE_SECONDS, what=f"{layers} layers are complete")
+        wait_until(verified, timeout=COMPLETE_SECONDS, what="every layer is complete")
 
     def facts(self) -> dict[str, float]:
         """Return what went over the link and why, and how long readers waited."""

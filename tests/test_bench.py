@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from bench import __main__ as program
-from bench import code, coldstart, demo, identity, image, mixed, readme
+from bench import code, coldstart, demo, identity, image, mixed, mounts, readme
 from bench.contenders import Reference
 from bench.figures import Figure, summary
 from bench.goals import GOALS, LINK
@@ -207,3 +207,15 @@ def test_a_section_that_fails_leaves_its_goals_unmeasured(
     assert GOALS[0].name not in lines[-1]["not_measured"]
     assert GOALS[1].name in lines[-1]["not_measured"]
     assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == len(GOALS)
+
+
+def test_a_tree_is_listed_and_read_cold_and_again(root: None, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "a").mkdir(parents=True)
+    for number in range(20):
+        (tree / "a" / f"{number}").write_bytes(b"x" * number)
+    times = mounts.walks(tmp_path, tree)
+    assert set(times) <= {goal.name for goal in GOALS}
+    assert len(times) == 4
+    assert min(times.values()) > 0
+    assert mounts.shell(f"find {tree} -type f | wc -l")[1] == 20

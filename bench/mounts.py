@@ -1,0 +1,158 @@
+"""Lazy mounts by themselves: what listing and reading many files takes, how soon a sleeping layer answers, and memory.
+
+All of it on the largest layer, by number of files, of the large image, on loopback. Files are looked at by programs of
+their own, because whoever holds a mount's descriptor must not. The reference's mounts are measured in the same run.
+
+Concurrency: one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from bench.contenders import Contender, Ours, Reference
+from bench.figures import Figure
+from bench.goals import goal
+from bench.site import Site
+from tests.support import host
+from tests.support.process import usage, wait_until
+
+IDLE_SECONDS = 2
+"""After which servers end here; by default it is a minute, for which nobody would wait."""
+
+WAKES = 7
+FILES = 10_000
+
+_LOOK = """\
+import os, sys, time
+started = time.monotonic()
+try:
+    os.lstat(sys.argv[1])
+except FileNotFoundError:
+    print(time.monotonic() - started)
+"""
+
+
+class Sleepy(Ours):
+    """Ours, with servers that end soon."""
+
+    config: ClassVar[Mapping[str, object]] = {"fuse": {"idle_timeout_sec": IDLE_SECONDS}}
+
+
+def figures(site: Site, reference: str) -> Iterator[Figure]:
+    """Yield the figures of the image `reference`. Raises AssertionError."""
+    theirs = _times(site, Reference(site), reference) if Reference.available() else {}
+    ours = Sleepy(site)
+    try:
+        ours.pull(reference)
+        ours.run(reference)
+        ours.wait_complete()
+        largest = _largest(ours)
+        for name, seconds in walks(site.directory, largest).items():
+            target = goal(name)
+            if theirs:
+                yield target.figure(
+                    seconds / theirs[name], ours_s=round(seconds, 3), reference_s=round(theirs[name], 3)
+                )
+            else:
+                yield target.figure(None, reason="the reference is not on this machine")
+        yield from _memory(ours, largest)
+        yield _wake(ours, largest)
+    finally:
+        ours.close()
+
+
+def _times(site: Site, contender: Contender, reference: str) -> dict[str, float]:
+    try:
+        contender.pull(reference)
+        return walks(site.directory, _largest(contender))
+    finally:
+        contender.close()
+
+
+def _largest(contender: Contender) -> Path:
+    """Return the lazy mount with the most files. Mounts are found in mountinfo, and walked by another program."""
+    mounts = [
+        entry.target
+        for entry in host.mounts_below(contender.site.directory.resolve())
+        if entry.fstype.startswith("fuse") and contender.directory in str(entry.target)
+    ]
+    assert mounts, f"{contender.name} has mounted nothing"
+    return max(mounts, key=lambda mount: shell(f"find {mount} | wc -l")[1])
+
+
+def walks(directory: Path, mount: Path) -> dict[str, float]:
+    """Return the seconds of `find` and of `tar`, by the name of their goals."""
+    listing = directory / f"files-{time.monotonic_ns():x}"
+    shell(f"find {mount} -type f | head -n {FILES} >{listing}")
+    tar, find = f"tar -cPf - -T {listing} | cat >/dev/null", f"find {mount} -printf '%s\\n' | wc -l"
+    shell(tar)  # now its spans are there
+    times = {}
+    for what, command in (
+        ("find of 20k entries over reference, cold", find),
+        ("tar of 10k files over reference, page cache dropped", tar),
+    ):
+        host.drop_caches()
+        times[what] = shell(command)[0]
+        times[f"{what.rpartition(',')[0]}, again"] = shell(command)[0]
+    return times
+
+
+def _memory(ours: Ours, largest: Path) -> Iterator[Figure]:
+    """Yield the memory of a daemon with all layers awake, of one server that listed its layer, and of all asleep."""
+    mounts = ours.daemon.status()["mounts"]
+    for mount in mounts:
+        _look(Path(mount["target"]))
+    shell(f"find {largest} -printf '%s\\n' | wc -l")
+    mounts = ours.daemon.status()["mounts"]
+    awake = [mount for mount in mounts if mount.get("pid")]
+    yield goal("memory, 4 lazy layers awake").figure(ours.memory() / 1e6, awake=len(awake))
+    servers = [mount["pid"] for mount in awake if mount["target"] == str(largest)]
+    if servers:
+        yield goal("memory, one awake server of 20k files").figure(usage(servers).pss / 1e6)
+    _sleep(ours)
+    yield goal("memory, all idle").figure(ours.memory() / 1e6, mounts=len(mounts))
+
+
+def _wake(ours: Ours, largest: Path) -> Figure:
+    """Return how long the first request of a sleeping layer takes."""
+    seconds = []
+    for _ in range(WAKES):
+        _sleep(ours)
+        seconds.append(_look(largest))
+    middle = statistics.median(seconds) * 1000
+    detail = {"min": round(min(seconds) * 1000, 1), "max": round(max(seconds) * 1000, 1)}
+    return goal("wake-up of a layer of 20k files to its first reply").figure(middle, **detail)
+
+
+def _sleep(ours: Ours) -> None:
+    def asleep() -> bool:
+        return not any(mount.get("pid") for mount in ours.daemon.status()["mounts"])
+
+    wait_until(asleep, timeout=60, what="every server has ended")
+
+
+def _look(mount: Path) -> float:
+    """Look up a name that nobody has asked for and that is not there; return the seconds."""
+    name = mount / f"absent-{time.monotonic_ns():x}"
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", _LOOK, str(name)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return float(result.stdout)
+
+
+def shell(command: str) -> tuple[float, int]:
+    """Run `command`; return the seconds and the number that it printed, 0 for none."""
+    started = time.monotonic()
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300, check=True)
+    return time.monotonic() - started, int(result.stdout or 0)
