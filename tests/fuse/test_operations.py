@@ -266,7 +266,6 @@ def tampered(workdir: Path) -> LazyLayer:
     return layer
 
 
-@pytest.mark.usefixtures("fuse")
 class SureGate:
     """A fetcher that is asked to look at spans again and finds nothing wrong with them."""
 
@@ -284,6 +283,7 @@ class SureGate:
                         server.send(wire.encode(wire.Ready(span, span + 1)))
 
 
+@pytest.mark.usefixtures("fuse")
 def test_a_damaged_file_is_eio_and_the_others_are_read(workdir: Path, tampered: LazyLayer) -> None:
     async def main() -> None:
         async with keeping(workdir, gate=SureGate()) as kept:
@@ -298,5 +298,31 @@ def test_a_damaged_file_is_eio_and_the_others_are_read(workdir: Path, tampered: 
             assert counters["header_mismatches"] >= 2
             assert counters["failures_read"] >= 2
             assert counters["adoptions"] == 1
+
+    trio.run(main)
+
+
+@pytest.mark.usefixtures("fuse")
+def test_a_setuid_bit_that_the_tar_does_not_have_gives_nothing_to_run(workdir: Path) -> None:
+    """The zTOC claims it; not one byte of such a file goes out, so there is nothing to execute."""
+    script = b"#!/bin/sh\nid -u\n"
+    layer = make_layer(
+        workdir, tar([("tool", Entry(script, mode=0o4755)), ("other", Entry(script, mode=0o755))])
+    )
+    data = bytearray(layer.paths.data.read_bytes())
+    header = data.index(b"tool\0")
+    data[header + 100 : header + 108] = b"0000755\0"
+    data[header + 148 : header + 156] = b"        "
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    layer.paths.data.write_bytes(data)
+
+    async def main() -> None:
+        async with keeping(workdir, gate=SureGate()) as kept:
+            target = workdir / "m"
+            await kept.keeper.mount(layer.spec(1, target))
+            assert await shell(f"{target}/other") == "0\n"
+            assert await shell(f"{target}/tool 2>&1 || echo refused") != "0\n"
+            assert "Input/output error" in await shell(f"cat {target}/tool 2>&1 || true")
+            assert kept.keeper.counters(1)["header_mismatches"] >= 1
 
     trio.run(main)

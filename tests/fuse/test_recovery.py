@@ -257,3 +257,48 @@ def test_a_journal_that_was_lost_is_said_and_replaced(
             assert len(kept.holder.kept()) == (2 if recovery == "relay" else 1)
 
     trio.run(main)
+
+
+def test_a_layer_server_has_nothing_to_lose(
+    workdir: Path, layer: LazyLayer, recovery: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real server at work: its user, capabilities, root, network, environment, and every descriptor."""
+    monkeypatch.setenv("DOCKER_CONFIG", "/root/.docker")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            for number in (1, 2):
+                await kept.keeper.mount(layer.spec(number, workdir / f"m{number}"))
+                assert await shell(f"cat {workdir}/m{number}/b") == "B"
+            first, second = (kept.keeper.mounts[number].pid for number in (1, 2))
+            status = _status(first)
+            assert status["Uid"].split() == status["Gid"].split() == [str(keeper.SERVER_UID_BASE + 1)] * 4
+            assert _status(second)["Uid"] != status["Uid"]
+            assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
+            assert (status["Groups"], status["NoNewPrivs"]) == ("", "1")
+            proc = Path(f"/proc/{first}")
+            assert os.listdir(proc / "root") == []
+            assert os.readlink(proc / "ns/net") != os.readlink("/proc/self/ns/net")
+            environment = (proc / "environ").read_bytes()
+            assert b"DOCKER_CONFIG" not in environment
+            assert b"secret" not in environment
+            descriptors = {fd: os.readlink(proc / "fd" / fd) for fd in os.listdir(proc / "fd")}
+            assert sum("journal" in name for name in descriptors.values()) == (
+                2 if recovery == "relay" else 0
+            )
+            for fd, name in descriptors.items():
+                if name.startswith(str(workdir)):
+                    lines = (proc / "fdinfo" / fd).read_text().splitlines()
+                    (flags,) = [line.split()[1] for line in lines if line.startswith("flags:")]
+                    assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY, name
+                else:
+                    kinds = ("/dev/fuse", "/dev/null", "/memfd:soci-", "socket:", "anon_inode:", "pipe:")
+                    assert name.startswith(kinds) or int(fd) <= 2, name
+
+    trio.run(main)
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
