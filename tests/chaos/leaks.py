@@ -2,7 +2,7 @@
 
 Between the cycles, readers go through an image that stays, so that what a day of reading leaves is seen too. Ends
 with one line of JSON: growth of descriptors, memory (private and shared in proportion), processes, mounts and files
-between a state early on and the end, by role where there are roles. The exit code is 1 when something grew.
+between a state early on, when heaps have found their size, and the end, by role where there are roles. The exit code is 1 when something grew.
 
 Concurrency: one thread; the daemon's processes are looked at from outside.
 """
@@ -170,7 +170,7 @@ def main() -> int:
     try:
         with Rig(workdir) as rig:
             leaks = Leaks(rig)
-            growth = leaks.measure(arguments.cycles, warm_up=max(arguments.cycles // 10, 5))
+            growth = leaks.measure(arguments.cycles, warm_up=max(arguments.cycles // 4, 5))
             leaks.close()
     finally:
         remove_directory(workdir)
