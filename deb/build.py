@@ -14,20 +14,25 @@ from __future__ import annotations
 import argparse
 import compileall
 import py_compile
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from snapshotter import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "soci-lazy-snapshotter"
 PREFIX = Path("usr/lib/soci-snapshotter")
+EXTRAS = ("ecr", "kubernetes")
+"""Of pyproject.toml: what takes a choice with pip comes with the package."""
+
 PROGRAMS = {"soci-snapshotter-grpc": "snapshotter.daemon.main", "soci": "snapshotter.cli.main"}
 _PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _SITE = PREFIX / "lib" / _PYTHON / "site-packages"
@@ -100,17 +105,25 @@ def build_wheel(source: Path, output: Path) -> Path:
     return wheel
 
 
-def requirements() -> list[str]:
-    """Return the names of the libraries that the program needs, from the lock file."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    return [match[1] for line in lines if (match := re.match(r"([A-Za-z0-9._-]+)==", line))]
+def libraries() -> set[str]:
+    """Return the names of the libraries that the program needs with its `EXTRAS`, and of those that they need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [each for name in EXTRAS for each in project["optional-dependencies"][name]]
+    wanted = [Requirement(each) for each in [*project["dependencies"], *extras]]
+    found: set[str] = set()
+    while wanted:
+        one = wanted.pop()
+        if one.name not in found and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            found.add(one.name)
+            wanted += map(Requirement, metadata.requires(one.name) or [])
+    return found
 
 
 def _environment(tree: Path, wheel: Path) -> None:
     site, programs = tree / _SITE, tree / PREFIX / "bin"
     site.mkdir(parents=True)
     programs.mkdir()
-    for name in requirements():
+    for name in sorted(libraries()):
         _copy_library(name, site)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
