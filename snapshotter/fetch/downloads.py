@@ -243,7 +243,7 @@ class Downloads:
             assert flight.stage is Stage.QUEUED, f"span {span} is in the schedule and {flight.stage}"
             flight.stage = Stage.TRANSFER
             flights.append(flight)
-        transfer = Transfer(layer, flights, batch.priority, self._buffers)
+        transfer = Transfer(layer, flights, batch.priority, self._buffers, now=trio.current_time())
         transfer.admitted = self._admit(transfer)
         self._under_way.update(dict.fromkeys(flights, transfer))
         self._transfers[transfer] = None

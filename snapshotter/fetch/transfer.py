@@ -14,8 +14,6 @@ from collections.abc import Callable
 from threading import Lock
 from typing import TypeAlias
 
-import trio
-
 from snapshotter.fetch.flight import Flight
 from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.memory import Buffers
@@ -40,7 +38,13 @@ class Transfer:
     """
 
     def __init__(
-        self, layer: ActiveLayer, flights: list[Flight[Reader]], priority: Priority, buffers: Buffers
+        self,
+        layer: ActiveLayer,
+        flights: list[Flight[Reader]],
+        priority: Priority,
+        buffers: Buffers,
+        *,
+        now: float,
     ) -> None:
         self.layer = layer
         self.flights = flights
@@ -50,7 +54,7 @@ class Transfer:
         self.mirror = "" if layer.source.source is None else layer.source.source.mirror
         """The mirror that gave that source; empty for the registry itself."""
         self.host = layer.source.source.host if layer.source.source is not None else ""
-        self.started = trio.current_time()
+        self.started = now
         self.counted = 0
         """Bytes that the link's estimate and the counters know of."""
         self.admitted = 0

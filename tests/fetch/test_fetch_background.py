@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +19,6 @@ from tests.support.registry import FlipByte, Registry, Stall, Status
 
 BLOBS = "/blobs/"
 ONE_RANGE = {"background_connections": 1, "range_max_bytes": 100_000}
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
-    with Rig(tmp_path, registry) as rig:
-        yield rig
 
 
 def blob_of(rig: Rig, layer: Layer) -> bytes:

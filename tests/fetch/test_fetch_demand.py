@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,6 @@ from snapshotter.layer.spans import SpanState
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Rig, Server, make_layer, settle
 from tests.support.registry import Registry, Slow, Stall
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
-    with Rig(tmp_path, registry) as rig:
-        yield rig
 
 
 @pytest.mark.parametrize("compression", ["gzip", "uncompressed"])

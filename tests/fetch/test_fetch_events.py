@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from snapshotter.events import Kind
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Rig, make_layer
 from tests.support.registry import Registry, Stall
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
-    with Rig(tmp_path, registry) as rig:
-        yield rig
 
 
 def test_a_wait_and_its_range(rig: Rig, registry: Registry) -> None:

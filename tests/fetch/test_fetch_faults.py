@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,18 +28,6 @@ from tests.support.registry import (
 
 BLOBS = "/blobs/"
 QUICK = {"read_budget_s": 1.0, "read_timeout_s": 0.3}
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
-    with Rig(tmp_path, registry) as rig:
-        yield rig
 
 
 @pytest.mark.parametrize(

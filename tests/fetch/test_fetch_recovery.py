@@ -65,12 +65,6 @@ pytestmark = pytest.mark.logs_unchecked  # every fault is complained about, each
 
 
 @pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
 def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
     with Rig(tmp_path, registry, options=OPTIONS) as rig:
         yield rig

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Layer, Rig, Server, make_layer, settle
 from tests.support.process import is_alive
 from tests.support.registry import Registry, Slow
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def read_everything(server: Server, layer: Layer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +15,6 @@ from tests.fetch.rig import Rig, make_layer, settle
 from tests.support.registry import Registry, Stall
 
 UNKNOWN = Digest("sha256:" + "00" * 32)
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
-def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
-    with Rig(tmp_path, registry) as rig:
-        yield rig
 
 
 def test_what_is_no_message_is_ignored(rig: Rig, expected_logs: ExpectedLogs) -> None:
@@ -105,7 +92,7 @@ def test_gauges_say_what_is_going_on(rig: Rig, registry: Registry) -> None:
     stall = registry.fault(Stall(path="/blobs/", after=10, seconds=0.5))
     server.want(3)
     rig.wait_for(lambda: stall.hits, "the request")
-    assert rig.count("transfers_ondemand") == 1
+    rig.wait_for(lambda: rig.count("transfers_ondemand") == 1, "the gauge, which is set after the start")
     assert rig.count("spans_under_way") >= 1
     assert rig.count("memory_bytes") >= len(layer.compressed(3))
     server.wait(3)

@@ -20,12 +20,6 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
-
-
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read a moment ago may be evicted: tests do not wait."""

@@ -30,7 +30,7 @@ class Download:
 
     def __init__(self, active: ActiveLayer, source: BlobSource, first: int, end: int) -> None:
         self.flights: list[Flight[Reader]] = [Flight(span, SpanState.FETCHED) for span in range(first, end)]
-        self.transfer = Transfer(active, self.flights, Priority.BACKGROUND, Buffers(0))
+        self.transfer = Transfer(active, self.flights, Priority.BACKGROUND, Buffers(0), now=0.0)
         self.delivered: list[tuple[int, bytes, bytes]] = []
         self._source = source
         self._client = RangeClient(connections=1)
@@ -57,12 +57,6 @@ def active(tmp_path: Path, layer: Layer) -> Iterator[ActiveLayer]:
     active = ActiveLayer(LayerFiles.open(store, layer.digest, boot_id="boot", span_max=1 << 30))
     yield active
     active.close()
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 @pytest.fixture
