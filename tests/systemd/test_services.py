@@ -194,6 +194,7 @@ def test_mounts_that_nobody_uses_are_taken_away_and_come_back(host: Host) -> Non
 
 
 def test_purged_without_a_trace(host: Host) -> None:
+    host.end_reader()
     host.machine.run("ctr", "images", "rm", "--sync", host.reference)
     host.machine.run("dpkg", "--purge", "soci-lazy-snapshotter")
     assert host.mounts() == []
