@@ -36,6 +36,9 @@ from tests.support.images import Image
 from tests.support.netem import Link
 
 _POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PICTURE = images.CACHE.parent / "demo.html"
+"""Where the lazy run's time went, as `soci trace` shows it."""
+
 LEAST_SIZE = 200 << 20
 """Compressed bytes below which the demo would show nothing."""
 
@@ -134,6 +137,8 @@ class Demo:
         ended = time.monotonic()
         served = self._site.registry.requests(mark)
         requests = int(daemon.metrics()[ON_DEMAND_REQUESTS])
+        said = self._site.soci(containerd, "trace", "--root", str(daemon.root), "--output", str(PICTURE))
+        self._tell(f"  {said.strip()}\n  {PICTURE.relative_to(PICTURE.parents[1])} has it as a picture")
         containerd.cleanup()
         daemon.cleanup()
         return Times(pulled - started, ended - pulled), answer, served, requests
