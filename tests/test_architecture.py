@@ -21,16 +21,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "soci": {"oci", "ztoc"},
     "snapshot": set(),
     "containerd": {"api", "oci"},
+    "download": {"oci", "registry"},
     "fetch": {"layer", "registry", "ztoc"},
     "fuse": {"layer", "ztoc"},
-    "daemon": {"oci", "ztoc", "api", "registry", "layer", "soci", "snapshot", "containerd", "fetch", "fuse"},
-    "cli": {"oci", "ztoc", "api", "registry", "layer", "soci", "containerd"},
+    "daemon": {
+        "oci",
+        "ztoc",
+        "api",
+        "registry",
+        "layer",
+        "soci",
+        "snapshot",
+        "containerd",
+        "download",
+        "fetch",
+        "fuse",
+    },
+    "cli": {"oci", "ztoc", "api", "registry", "layer", "soci", "containerd", "download"},
 }
 """What each folder may import, beside itself and the ground: the single files next to the folders."""
 
 HOMES: dict[str, set[str]] = {
     "pyfuse3": {"fuse"},
-    "trio": {"registry", "soci", "fetch", "fuse", "daemon", "cli"},
+    "trio": {"registry", "soci", "download", "fetch", "fuse", "daemon", "cli", "nursery"},
     "httpx": {"registry"},
     "httpcore": {"registry"},
     "urllib3": {"registry"},

@@ -208,7 +208,7 @@ class Context:
         """Run an asynchronous command within --timeout. Raises the error that ended it, never a group."""
         import trio
 
-        from snapshotter.cli.nursery import first_error
+        from snapshotter.nursery import first_error
 
         limit = self.arguments.timeout
 

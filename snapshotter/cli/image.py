@@ -1,9 +1,10 @@
-"""`soci image rpull REF`: pull an image so that its layers can be lazy."""
+"""`soci image rpull REF`: pull an image so that its layers can be lazy; the group has `materialize` too."""
 
 from __future__ import annotations
 
 import argparse
 
+from snapshotter.cli import materialize
 from snapshotter.cli.context import Context, digest_argument
 from snapshotter.cli.options import Commands, add_registry
 from snapshotter.oci.platform import host_platform, parse_platform
@@ -26,6 +27,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", "-p", metavar="OS/ARCH", help="(this host's)")
     add_registry(parser)
     parser.set_defaults(command=run)
+    materialize.add_parser(group, shared)
 
 
 def run(context: Context) -> None:

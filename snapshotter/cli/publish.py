@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import trio
 
-from snapshotter.cli.nursery import open_nursery
 from snapshotter.cli.options import DEFAULT_UPLOADS
 from snapshotter.errors import BlobNotFound
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.media_types import OCI_MANIFEST
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient

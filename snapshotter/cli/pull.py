@@ -18,10 +18,10 @@ from typing import Final
 
 import trio
 
-from snapshotter.cli.download import DEFAULT_CONCURRENCY, Downloads
 from snapshotter.cli.labels import remote_labels
 from snapshotter.cli.unpack import Outcome, UnpackedLayer, Unpacker, chain_ids
 from snapshotter.containerd.client import Containerd
+from snapshotter.download.downloads import DEFAULT_CONCURRENCY, Downloads, Limits
 from snapshotter.errors import InvalidIndex
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.manifest import (
@@ -57,7 +57,7 @@ class PullOptions:
     index_digest: Digest | None = None
     """The SOCI index to use; None leaves finding one to the snapshotter."""
     concurrency: int = DEFAULT_CONCURRENCY
-    """Layers that are downloaded at once, where any are."""
+    """Ranges of layers that are downloaded at once, where any are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ async def _unpack(
         reference,
         registry,
         containerd.content,
-        concurrency=options.concurrency,
+        limits=Limits(connections=options.concurrency),
         labels=source_label(reference),
     )
     with closing(downloads):

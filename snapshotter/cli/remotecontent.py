@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeVar
 
 import trio
 
-from snapshotter.cli.rangereader import RangeReader
+from snapshotter.download.rangereader import RangeReader
 from snapshotter.errors import InvalidIndex, NotFound, RangeNotHonoured, SnapshotterError
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import ImageManifest, parse

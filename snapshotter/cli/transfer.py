@@ -13,9 +13,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import trio
 
-from snapshotter.cli.nursery import open_nursery
 from snapshotter.cli.remotecontent import Piece, RegistryContent, Sink
 from snapshotter.errors import NotFound, SnapshotterError
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.media_types import INDEX_TYPES, MANIFEST_TYPES
 from snapshotter.oci.reference import Reference

@@ -22,12 +22,12 @@ from typing import Final
 
 import trio
 
-from snapshotter.cli.download import Downloads
 from snapshotter.cli.labels import SNAPSHOT_REF
-from snapshotter.cli.nursery import open_nursery
 from snapshotter.containerd.client import Containerd
 from snapshotter.containerd.snapshots import Mounts
+from snapshotter.download.downloads import Downloads
 from snapshotter.errors import AlreadyExists, DigestMismatch, SnapshotterError
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.units import Digest, sha256_digest
 

@@ -16,9 +16,9 @@ import trio
 
 from snapshotter import __version__
 from snapshotter.cli.main import REFERENCE_VERSION, build_parser, main
-from snapshotter.cli.nursery import first_error, open_nursery
 from snapshotter.containerd.client import Containerd
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
+from snapshotter.nursery import first_error, open_nursery
 from tests.cli.conftest import Soci
 from tests.support.containerd import Containerd as Server
 from tests.support.images import ImageBuilder, layer

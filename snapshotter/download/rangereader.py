@@ -1,4 +1,4 @@
-"""Ranges of an image's layers, read with retries, and with a new URL or token when the old one has run out.
+"""Ranges of an image's layers, read with retries, and from elsewhere when a URL, a token or a mirror has run out.
 
 Concurrency: any number of tasks of one trio run; the reading itself is done in threads.
 """
@@ -16,22 +16,31 @@ from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.ranges import RangeClient
-from snapshotter.registry.retry import RetryPolicy
+from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy, Timeouts
 
 RANGE_SIZE: Final = 16 << 20
 """Bytes per request: a round trip of 20 ms every 134 ms of a 1 Gbit/s link, and three layers fill each other's gaps."""
-RANGE_SECONDS: Final = 300.0
-"""For one range, however slow the link."""
 
 
 class RangeReader:
-    """Reads blobs of one repository."""
+    """Reads blobs of one repository, at most `connections` ranges at once."""
 
-    def __init__(self, registry: RegistryClient, reference: Reference, *, connections: int) -> None:
+    def __init__(
+        self,
+        registry: RegistryClient,
+        reference: Reference,
+        *,
+        connections: int,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    ) -> None:
         self._registry = registry
         self._reference = reference
-        self._ranges = RangeClient(connections=connections)
-        self._retry = RetryPolicy()
+        self._ranges = RangeClient(connections=connections, timeouts=timeouts)
+        self._retry = retry
+        self._range_seconds = timeouts.total
+        # Of their own: whoever else needs a thread does not queue behind downloads.
+        self._threads = trio.CapacityLimiter(connections)
 
     def close(self) -> None:
         """Drop the connections."""
@@ -44,9 +53,9 @@ class RangeReader:
         attempt = 1
         while True:
             try:
-                deadline = time.monotonic() + RANGE_SECONDS
+                deadline = time.monotonic() + self._range_seconds
                 read = functools.partial(self._ranges.read, source, start, end, deadline=deadline)
-                return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+                return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._threads)
             except AuthenticationFailed:
                 if renewed:
                     raise
@@ -54,6 +63,10 @@ class RangeReader:
                 source = await self._registry.blob_source(self._reference, layer.digest, renew=True)
             except RegistryError as error:
                 delay = self._retry.delay(attempt, error)
+                if source.mirror and attempt < self._retry.attempts:
+                    self._registry.blame(source.mirror, error)
+                    source = await self._registry.blob_source(self._reference, layer.digest, renew=True)
+                    delay = delay or 0.0
                 if delay is None:
                     raise
                 attempt += 1
