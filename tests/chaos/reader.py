@@ -13,6 +13,7 @@ Standard library only: it runs with -I and starts in 20 ms.
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 import os
@@ -20,6 +21,10 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SLOW_S = 0.05
 PATIENCE_S = 40.0
@@ -111,13 +116,13 @@ class Reader:
 
     # ---- what every way shares ----
 
-    def opened(self, name: str):
+    def opened(self, name: str) -> io.FileIO:
         path = os.path.join(self.root, name)
         file = self.timed("open", name, lambda: open(path, "rb", buffering=0))  # noqa: SIM115  the caller closes it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return file
 
-    def timed(self, kind: str, name: str, read):
+    def timed(self, kind: str, name: str, read: Callable[[], T]) -> T:
         first = time.monotonic()
         while True:
             begin = time.monotonic()
