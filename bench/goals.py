@@ -43,6 +43,7 @@ GOALS: tuple[Goal, ...] = (
     *_everywhere(Goal("on-demand ranges until the run ends", "", 60, known="reference 166")),
     *_everywhere(Goal("on-demand bytes over those of the spans touched", "x", 1.3)),
     Goal("every byte read, to offline, over full pull", "x", 1.0),
+    Goal("full pull without an index over containerd's", "x", 0.8),
     Goal("wake-up of a layer of 20k files to its first reply", "ms", 50, known="fork to first reply 9-16"),
     Goal("prepare, 20k files, artifacts on disk", "ms", 50),
     Goal("prepare, 20k files, first time, without the network", "ms", 300),

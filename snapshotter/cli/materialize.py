@@ -24,6 +24,7 @@ from snapshotter.cli.context import Context
 from snapshotter.cli.options import Commands, add_json, add_platforms, add_registry
 from snapshotter.cli.output import print_json
 from snapshotter.cli.progress import TerminalProgress, size_text
+from snapshotter.containerd.labels import layer_references, source_label
 from snapshotter.errors import AlreadyExists, FailedPrecondition
 from snapshotter.layer.store import LayerStore
 from snapshotter.nursery import open_nursery
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from snapshotter.registry.client import RegistryClient
 
 _PIECE: Final = 1 << 20
-_GC_CONTENT: Final = "containerd.io/gc.ref.content"
 
 Origin = Literal["present", "cache", "registry"]
 Progress = Callable[[Descriptor, int], None]
@@ -117,7 +117,6 @@ async def materialize(
 
     `root` is the daemon's directory, which need not exist. Raises RegistryError, CorruptData and others.
     """
-    from snapshotter.cli.pull import source_label
     from snapshotter.download.downloads import Downloads
 
     layers = list({layer.digest: layer for image in images for layer in image.manifest.layers}.values())
@@ -190,5 +189,4 @@ def _is_whole(blob: int, size: int) -> bool:
 
 def _tie(containerd: Containerd, image: PlatformImage) -> None:
     """Have the garbage collector keep the layers as long as the manifest."""
-    references = {f"{_GC_CONTENT}.l.{i}": str(layer.digest) for i, layer in enumerate(image.manifest.layers)}
-    containerd.content.label(image.descriptor.digest, references)
+    containerd.content.label(image.descriptor.digest, layer_references(image.manifest.layers))

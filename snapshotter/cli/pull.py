@@ -21,6 +21,7 @@ import trio
 from snapshotter.cli.labels import remote_labels
 from snapshotter.cli.unpack import Outcome, UnpackedLayer, Unpacker, chain_ids
 from snapshotter.containerd.client import Containerd
+from snapshotter.containerd.labels import GC_CONTENT, layer_references, source_label
 from snapshotter.download.downloads import DEFAULT_CONCURRENCY, Downloads, Limits
 from snapshotter.errors import InvalidIndex
 from snapshotter.oci.descriptor import Descriptor, Platform
@@ -42,10 +43,7 @@ LOCAL_SNAPSHOTTERS: Final = frozenset(
     {"overlayfs", "native", "btrfs", "zfs", "aufs", "devmapper", "blockfile", "erofs"}
 )
 """Those built into containerd, to which a remote snapshotter's labels mean nothing."""
-_GC_CONTENT: Final = "containerd.io/gc.ref.content"
 _GC_SNAPSHOT: Final = "containerd.io/gc.ref.snapshot"
-_SOURCE: Final = "containerd.io/distribution.source"
-"""With the registry's host: the repositories a blob is known to be in, so that a push may mount it from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +138,13 @@ def _store_documents(reference: Reference, containerd: Containerd, documents: _D
     """Put config, manifest and list into the content store, what is referred to before what refers."""
     source = source_label(reference)
     manifest = documents.manifest
-    references = {f"{_GC_CONTENT}.config": str(manifest.config.digest)}
-    references |= {f"{_GC_CONTENT}.l.{i}": str(layer.digest) for i, layer in enumerate(manifest.layers)}
+    references = {f"{GC_CONTENT}.config": str(manifest.config.digest)}
+    references |= layer_references(manifest.layers)
     containerd.content.write(documents.config_data, labels=source)
     containerd.content.write(documents.data, labels=source | references)
     if documents.index is not None:
         children = {
-            f"{_GC_CONTENT}.m.{i}": str(child.digest) for i, child in enumerate(documents.index.manifests)
+            f"{GC_CONTENT}.m.{i}": str(child.digest) for i, child in enumerate(documents.index.manifests)
         }
         containerd.content.write(documents.root_data, labels=source | children)
 
@@ -195,13 +193,6 @@ def _finish(
         label = {f"{_GC_SNAPSHOT}.{options.snapshotter}": str(chain[-1])}
         containerd.content.label(documents.manifest.config.digest, label)
     containerd.images.put(str(reference), documents.root)
-
-
-def source_label(reference: Reference) -> dict[str, str]:
-    """Return the label that says where a blob came from; containerd leaves the port out."""
-    host, colon, port = reference.registry.rpartition(":")
-    named = host if colon and port.isdigit() else reference.registry
-    return {f"{_SOURCE}.{named}": reference.repository}
 
 
 def _human(size: float) -> str:

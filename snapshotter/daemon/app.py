@@ -49,6 +49,7 @@ from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.localcontent import ContainerdArtifacts, LayoutArtifacts, LocalFirst, LocalStore
 from snapshotter.daemon.metrics import Collector
 from snapshotter.daemon.numbers import Numbers
+from snapshotter.daemon.parallelpull import ParallelPulls, settings_of
 from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.reference_metrics import ReferenceCollector
@@ -268,6 +269,8 @@ class App:
         artifacts = LocalFirst(self._local_store(), client)
         modes = Modes(v1=config.pull_modes.soci_v1.enable, v2=config.pull_modes.soci_v2.enable)
         limits = CompileLimits(config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec)
+        pulls = settings_of(config, self._retry(), self._timeouts())
+        unpacker = Unpacker(root, client, limits=pulls.limits, inherited_fds=[lock])
         return Provider(
             self._provider_settings(),
             root=root,
@@ -278,7 +281,8 @@ class App:
             sources=sources,
             fetcher=self._fetcher,
             keeper=self._keeper,
-            unpacker=Unpacker(root, client, inherited_fds=[lock]),
+            unpacker=unpacker,
+            parallel=ParallelPulls(pulls, root=root, client=client, unpacker=unpacker, nursery=nursery),
             nursery=nursery,
             phases=self._phases,
         )

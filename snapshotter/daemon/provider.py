@@ -14,7 +14,7 @@ the loop. Nothing is locked across the network but a layer by itself: who wants 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from pathlib import Path
 import trio
 
 from snapshotter.daemon.artifacts import LayerArtifacts
+from snapshotter.daemon.asked import IMAGE_REF, LAYER_DIGEST, LAYER_SIZE, Asked
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Found
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.locks import Locks
+from snapshotter.daemon.parallelpull import ParallelPulls
 from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.unpacking import Unpacker
@@ -50,16 +52,9 @@ from snapshotter.oci.reference import Reference
 from snapshotter.snapshot.layers import Deferred, LayerRequest, Lazy, Local, Provided
 from snapshotter.snapshot.model import LazyMount, Usage
 from snapshotter.snapshot.store import SnapshotStore
-from snapshotter.units import Digest, parse_digest
+from snapshotter.units import Digest
 
 _log = logging.getLogger(__name__)
-
-_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
-_MANIFEST_DIGEST = "containerd.io/snapshot/cri.manifest-digest"
-_LAYER_DIGEST = "containerd.io/snapshot/cri.layer-digest"
-_INDEX_DIGEST = "containerd.io/snapshot/remote/soci.index.digest"
-_LAYER_SIZE = "containerd.io/snapshot/remote/soci.size"
-
 
 _PREPARED_AT_ONCE = 8
 """Layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
@@ -71,30 +66,9 @@ _RESTORE_PATIENCE_S = 20.0
 REASONS = (
     "missing-labels", "not-lazy", "no-index", "index-failed", "no-ztoc", "unsupported-layer", "corrupt-data",
     "registry-failed", "timeout", "process-failed", "mount-failed", "unpack-failed",
+    "parallel-mode", "parallel-failed",
 )  # fmt: skip
 """Why a layer may not be lazy, in the words of the metric."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What the labels of a Prepare say."""
-
-    image: Reference
-    layer: Digest
-    index: Digest | None
-
-    @classmethod
-    def from_labels(cls, labels: Mapping[str, str]) -> Asked | None:
-        """Return what is asked, None when the labels of a remote snapshotter are missing or not well formed."""
-        try:
-            index = labels.get(_INDEX_DIGEST, "")
-            return cls(
-                Reference.parse(labels[_IMAGE_REF]).with_digest(parse_digest(labels[_MANIFEST_DIGEST])),
-                parse_digest(labels[_LAYER_DIGEST]),
-                parse_digest(index) if index else None,
-            )
-        except (KeyError, ValueError, UsageError):
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +96,7 @@ class Provider:
         fetcher: FetcherProcess,
         keeper: Keeper,
         unpacker: Unpacker,
+        parallel: ParallelPulls,
         nursery: trio.Nursery,
         phases: Phases,
         not_lazy: str = "",
@@ -138,6 +113,7 @@ class Provider:
         self._fetcher = fetcher
         self._keeper = keeper
         self._unpacker = unpacker
+        self._parallel = parallel
         self._nursery = nursery
         self.not_lazy = not_lazy
         """Why nothing can be lazy on this host; empty when it can."""
@@ -259,13 +235,15 @@ class Provider:
             return self._deferred(
                 "missing-labels", request, "the client sent no labels for a remote snapshotter"
             )
+        if self._parallel.settings.always:
+            return await self._in_parallel("parallel-mode", request, asked, "every image is pulled in full")
         if self.not_lazy:
-            return self._deferred("not-lazy", request, self.not_lazy)
+            return await self._in_parallel("not-lazy", request, asked, self.not_lazy)
         try:
             with trio.fail_after(self.settings.mount_timeout_s):
                 found = await self._catalog.resolve(asked.image, asked.index)
         except NoIndex as error:
-            return self._deferred("no-index", request, error)
+            return await self._in_parallel("no-index", request, asked, error)
         except trio.TooSlowError:
             return self._deferred("timeout", request, f"no index within {self.settings.mount_timeout_s} s")
         except SnapshotterError as error:
@@ -288,7 +266,7 @@ class Provider:
         ztoc = found.index.ztoc_for(asked.layer)
         if ztoc is None:
             raise NoZtoc(f"index {found.index.digest} has no zTOC for layer {asked.layer}")
-        size = request.labels.get(_LAYER_SIZE, "")
+        size = request.labels.get(LAYER_SIZE, "")
         if size.isdigit() and int(size) < self.settings.min_layer_size:
             raise NoZtoc(f"layer {asked.layer} of {size} bytes is below min_layer_size")
         layer = asked.layer
@@ -336,6 +314,21 @@ class Provider:
                 )
         except (SnapshotterError, OSError) as error:
             return self._deferred("unpack-failed", request, error)
+        return Local(usage)
+
+    async def _in_parallel(self, reason: str, request: LayerRequest, asked: Asked, why: object) -> Provided:
+        """Pull an image that cannot be lazy, for this `reason`, if that is what we do; else leave it to the client."""
+        if not (self._parallel.settings.always or self._parallel.settings.fallback):
+            return self._deferred(reason, request, why)
+        try:
+            with self._phases.timed(Phase.UNPACK, asked.layer):
+                parents = self._parents(request.parent_ids)
+                usage = await self._parallel.provide(request, asked, parents)
+        except (Unavailable, UsageError) as error:
+            return self._deferred(reason, request, f"{why}; nor can it be pulled in parallel: {error}")
+        except (SnapshotterError, OSError) as error:
+            return self._deferred("parallel-failed", request, error)
+        self._count(reason)
         return Local(usage)
 
     def _prepare_ahead(self, image: Reference, found: Found) -> None:
@@ -423,8 +416,8 @@ class Provider:
             "layer is left to the client",
             extra={
                 "reason": reason,
-                "image": request.labels.get(_IMAGE_REF, ""),
-                "layer": request.labels.get(_LAYER_DIGEST, ""),
+                "image": request.labels.get(IMAGE_REF, ""),
+                "layer": request.labels.get(LAYER_DIGEST, ""),
                 "error": str(why),
             },
         )

@@ -1,23 +1,29 @@
 """Local layers: download a whole layer, and have it unpacked by a process of its own.
 
 Owns nothing; the download goes to an unnamed file in the state directory and is gone with its descriptor. The
-layer's digest is checked while it arrives, its diffID after it is unpacked.
+layer's digest is checked while it arrives, its diffID while it is unpacked.
 
-Concurrency: trio; as many layers at once as containerd prepares.
+Concurrency: trio; as many layers at once as are asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
+from snapshotter.download.downloads import DEFAULT_LIMITS, Downloads, Limits
+from snapshotter.download.files import FileStore
 from snapshotter.environment import child_environment
 from snapshotter.errors import (
     DigestMismatch,
@@ -29,6 +35,7 @@ from snapshotter.errors import (
     UnsupportedLayer,
 )
 from snapshotter.layer.inherit import Parent
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import MAX_CONFIG_SIZE, ImageManifest, parse_config
 from snapshotter.oci.media_types import layer_compression
@@ -43,15 +50,43 @@ _ANSWERS: dict[str, type[SnapshotterError]] = {
 """What the process may say; anything else is its own failure."""
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A layer and what its image says it unpacks to."""
+
+    descriptor: Descriptor
+    diff_id: Digest
+    is_base: bool
+    """It is the bottom layer."""
+
+    @property
+    def compression(self) -> str:
+        """How it is compressed. Raises UnsupportedLayer."""
+        compression = layer_compression(self.descriptor.media_type)
+        if compression == "unknown":
+            raise UnsupportedLayer(
+                f"layer {self.descriptor.digest} has the unknown media type {self.descriptor.media_type}"
+            )
+        return compression
+
+
 class Unpacker:
     """Unpacks layers that cannot be lazy."""
 
-    def __init__(self, root: Path, client: RegistryClient, *, inherited_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        client: RegistryClient,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        inherited_fds: Sequence[int] = (),
+    ) -> None:
         self._inherited = tuple(inherited_fds)
         """Files that tell the next daemon which processes of this one are left (`generation.py`)."""
-        self._scratch = root / "scratch"
-        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self.scratch = root / "scratch"
+        self.scratch.mkdir(mode=0o700, exist_ok=True)
         self._client = client
+        self._limits = limits
 
     async def unpack(
         self, image: Reference, manifest: ImageManifest, layer: Digest, target: Path, parents: list[Parent]
@@ -61,28 +96,53 @@ class Unpacker:
         Raises RegistryError, CorruptData, UnsupportedLayer, ProcessFailed, OSError.
         """
         descriptor, diff_id = await self._identify(image, manifest, layer)
-        compression = layer_compression(descriptor.media_type)
-        if compression == "unknown":
-            raise UnsupportedLayer(f"layer {layer} has the unknown media type {descriptor.media_type}")
-        with (
-            tempfile.TemporaryFile(dir=self._scratch) as blob,
-            tempfile.TemporaryFile(dir=self._scratch) as tar,
-        ):
-            async with aclosing(self._client.stream_blob(image, descriptor)) as chunks:
-                async for chunk in chunks:
-                    await trio.to_thread.run_sync(blob.write, chunk)
-            blob.flush()
-            try:
-                return await self._run(
-                    blob.fileno(),
-                    tar.fileno(),
-                    target,
-                    compression=compression,
-                    diff_id=diff_id,
-                    parents=parents,
-                )
-            except SnapshotterError as error:
-                raise type(error)(f"layer {layer}: {error}") from error
+        packed = PackedLayer(descriptor, diff_id, is_base=not parents)
+        _ = packed.compression  # what cannot be unpacked is not downloaded
+
+        async def those() -> list[Parent]:
+            return parents
+
+        with closing(FileStore(self.scratch)) as store:
+            await self._download(image, descriptor, store)
+            with store.take(layer) as blob:
+                return await self.run(blob.fileno(), packed, target, those)
+
+    async def run(
+        self,
+        blob: int,
+        layer: PackedLayer,
+        target: Path,
+        parents: Callable[[], Awaitable[list[Parent]]],
+        begin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
+    ) -> Usage:
+        """Unpack the layer in the file `blob`, whose digest is its own; `parents` is called when they matter.
+
+        The work begins when `begin` returns; until then only the process starts.
+
+        Raises CorruptData, UnsupportedLayer, ProcessFailed, OSError.
+        """
+        lifeline, ours = os.pipe()
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as tar:
+                fds = (blob, tar.fileno(), lifeline)
+                command = [
+                    sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(blob), "--tar", str(tar.fileno()),
+                    "--lifeline", str(lifeline), "--target", str(target), "--compression", layer.compression,
+                    "--diff-id", layer.diff_id, *(["--base"] if layer.is_base else []),
+                ]  # fmt: skip
+                return await self._run(command, fds, parents, begin)
+        except SnapshotterError as error:
+            raise type(error)(f"layer {layer.descriptor.digest}: {error}") from error
+        finally:
+            os.close(lifeline)
+            os.close(ours)
+
+    async def _download(self, image: Reference, layer: Descriptor, store: FileStore) -> None:
+        downloads = Downloads(image, self._client, store, limits=self._limits)
+        with closing(downloads):
+            async with open_nursery() as nursery:
+                downloads.start([layer], nursery)
+                await downloads.wait(layer.digest)
 
     async def _identify(
         self, image: Reference, manifest: ImageManifest, layer: Digest
@@ -99,28 +159,53 @@ class Unpacker:
         return manifest.layers[positions[0]], config.diff_ids[positions[0]]
 
     async def _run(
-        self, blob: int, tar: int, target: Path, *, compression: str, diff_id: Digest, parents: list[Parent]
+        self,
+        command: list[str],
+        fds: tuple[int, ...],
+        parents: Callable[[], Awaitable[list[Parent]]],
+        begin: Callable[[], Awaitable[None]],
     ) -> Usage:
-        rows = [{"tree": str(p.tree)} if p.tree else {"directory": str(p.directory)} for p in parents]
-        command = [
-            sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(blob), "--tar", str(tar),
-            "--target", str(target), "--compression", compression, "--diff-id", diff_id,
-        ]  # fmt: skip
-        lifeline, ours = os.pipe()
-        try:
-            result = await trio.run_process(
-                [*command, "--lifeline", str(lifeline)], stdin=json.dumps(rows).encode(), capture_stdout=True,
-                check=False, pass_fds=(blob, tar, lifeline, *self._inherited), env=child_environment(),
+        async with open_nursery() as nursery:
+            process: trio.Process = await nursery.start(
+                functools.partial(
+                    trio.run_process, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False,
+                    pass_fds=(*fds, *self._inherited), env=child_environment(),
+                )
             )  # fmt: skip
-        finally:
-            os.close(lifeline)
-            os.close(ours)
-        try:
-            answer = json.loads(result.stdout)
-        except ValueError:
-            raise ProcessFailed(
-                f"its unpacking ended with status {result.returncode} and no answer"
-            ) from None
+            await begin()
+            answer = await _converse(process, parents)
+        if answer is None:
+            raise ProcessFailed(f"its unpacking ended with status {process.returncode} and no answer")
         if "error" in answer:
             raise _ANSWERS.get(answer["error"], ProcessFailed)(answer["message"])
         return Usage(answer["size"], answer["inodes"])
+
+
+async def _converse(
+    process: trio.Process, parents: Callable[[], Awaitable[list[Parent]]]
+) -> dict[str, Any] | None:
+    """Return the process's last word, None for none; meanwhile it may ask for the layers below."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(trio.BrokenResourceError):  # it has died, which its end will show
+        await process.stdin.send_all(b"\n")
+    said = b""
+    async for data in process.stdout:
+        said += data
+        if _parsed(said) == {"waiting": True}:
+            said = b""
+            rows = [
+                {"tree": str(p.tree)} if p.tree else {"directory": str(p.directory)} for p in await parents()
+            ]
+            with suppress(trio.BrokenResourceError):
+                await process.stdin.send_all(json.dumps(rows).encode() + b"\n")
+    return _parsed(said)
+
+
+def _parsed(said: bytes) -> dict[str, Any] | None:
+    """Return what a process said, None when that is not, or not yet, a line of JSON."""
+    try:
+        answer: dict[str, Any] = json.loads(said)
+    except ValueError:
+        return None
+    return answer

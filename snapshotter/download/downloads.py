@@ -75,6 +75,9 @@ class Limits:
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
 
+DEFAULT_LIMITS: Final = Limits()
+
+
 @dataclass(slots=True)
 class _Layer:
     """One layer's fate; whoever sets `done` has set `error` before."""
@@ -106,7 +109,7 @@ class Downloads:
         registry: RegistryClient,
         store: BlobStore,
         *,
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULT_LIMITS,
         labels: Mapping[str, str] | None = None,
         gate: trio.Semaphore | None = None,
         on_progress: Callable[[Descriptor, int], None] = lambda _layer, _size: None,

@@ -39,18 +39,25 @@ class LayerUsage(NamedTuple):
 def materialize(tree: Tree, tar: int, target: Path) -> LayerUsage:
     """Write everything in `tree` below the empty directory `target`; file contents come from the descriptor `tar`.
 
-    Everything is on disk when it returns. Raises OSError (ENOSPC and the like), InvalidLayerFile when the tar stream
-    is shorter than the tree says. Needs root.
+    Nothing need be on disk when it returns: see `sync`. Raises OSError (ENOSPC and the like), InvalidLayerFile when
+    the tar stream is shorter than the tree says. Needs root.
     """
     root = os.open(target, _DIRECTORY_FLAGS)
     try:
-        usage = _Writer(tree, tar).run(root)
-        if _libc.syncfs(root) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(target))
+        return _Writer(tree, tar).run(root)
     finally:
         os.close(root)
-    return usage
+
+
+def sync(directory: Path) -> None:
+    """Return when everything below `directory` is on disk, and all else in its file system. Raises OSError."""
+    fd = os.open(directory, _DIRECTORY_FLAGS)
+    try:
+        if _libc.syncfs(fd) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(directory))
+    finally:
+        os.close(fd)
 
 
 class _Writer:

@@ -1,10 +1,14 @@
 """Unpacking one layer as ordinary files, in a process of its own: for layers that no zTOC describes.
 
-    python -m snapshotter.layer.unpack --blob FD --tar FD --lifeline FD --target DIR --compression C --diff-id D < PARENTS
+    python -m snapshotter.layer.unpack --blob FD --tar FD --lifeline FD --target DIR --compression C --diff-id D [--base]
 
-Decompresses the blob into the (temporary, empty) tar file, checks the diffID, and writes the files with the
+Decompresses the blob into the (temporary, empty) tar file, checks the diffID meanwhile, and writes the files with the
 same rules that lazy layers follow (`layer/apply.py`), so that lazy and unpacked layers of one image fit
-together. Prints one JSON object: {"size": bytes, "inodes": n}, or {"error": class, "message": text}.
+together. It begins when it is given an empty line on stdin, so that it can be started before. Prints one line of JSON: {"size": bytes, "inodes": n}, or {"error": class, "message": text}.
+
+Without --base there are layers below. They are asked for when this layer has directories without an entry of their
+own, which take over what is below them: it prints {"waiting": true}, and is given a line of JSON with the list of the
+layers below, nearest first. That may take until those are unpacked.
 
 It runs as root, because it makes devices and owners; it leaves the network first. Foreign bytes are parsed
 here, where a crash costs one layer.
@@ -24,54 +28,64 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from snapshotter.errors import DigestMismatch, ProcessFailed, SnapshotterError
 from snapshotter.layer.compile import compile_tree
 from snapshotter.layer.inherit import Parent, inherited_attributes
-from snapshotter.layer.materialize import LayerUsage, materialize
+from snapshotter.layer.materialize import LayerUsage, materialize, sync
 from snapshotter.layer.tree import Tree
 from snapshotter.units import Digest, parse_digest
-from snapshotter.ztoc.build import build
+from snapshotter.ztoc.build import read_tar
 from snapshotter.ztoc.inflate import decompress_stream
-from snapshotter.ztoc.model import Algorithm
 
 _CHUNK = 1 << 20
 _CLONE_NEWNET = 0x40000000
 
 
 def unpack(
-    blob: int, tar: int, target: Path, *, compression: str, diff_id: Digest, parents: list[Parent]
+    blob: int,
+    tar: int,
+    target: Path,
+    *,
+    compression: str,
+    diff_id: Digest,
+    parents: Callable[[], list[Parent]] | None,
 ) -> LayerUsage:
-    """Unpack the layer in the file `blob` below `target`; `tar` is scratch space.
+    """Unpack the layer in the file `blob` below `target`; `tar` is scratch space. Everything is on disk then.
 
-    Raises DigestMismatch, InvalidTar, UnsupportedLayer, OSError.
+    `parents` is called when they matter; None stands for the bottom layer. Raises DigestMismatch, InvalidTar,
+    UnsupportedLayer, OSError.
     """
-    for chunk in decompress_stream(_chunks(blob), compression):
-        _write(tar, chunk)
-    built = build(_chunks(tar), algorithm=Algorithm.UNCOMPRESSED)
-    if built.diff_id != diff_id:
-        raise DigestMismatch(f"layer unpacks to {built.diff_id}; the image's config says {diff_id}")
-    base = not parents
-    tree = _tree(compile_tree(built.ztoc, base=base))
-    inherited = inherited_attributes(tree, parents)
-    if inherited:
-        tree = _tree(compile_tree(built.ztoc, base=base, inherited=inherited))
-    return materialize(tree, tar, target)
+    ztoc, found = read_tar(_copied(decompress_stream(_chunks(blob), compression), tar))
+    if found != diff_id:
+        raise DigestMismatch(f"layer unpacks to {found}; the image's config says {diff_id}")
+    base = parents is None
+    tree = _tree(compile_tree(ztoc, base=base))
+    if parents is not None and any(tree.implicit_dirs()):
+        inherited = inherited_attributes(tree, parents())
+        if inherited:
+            tree = _tree(compile_tree(ztoc, base=base, inherited=inherited))
+    usage = materialize(tree, tar, target)
+    # What is in it would be written to the disk, too, for nobody.
+    os.ftruncate(tar, 0)
+    sync(target)
+    return usage
 
 
 def main(argv: list[str]) -> int:
-    """Run the program; the parents, nearest first, are a JSON list on stdin."""
+    """Run the program."""
     parser = argparse.ArgumentParser(prog="unpack")
     for name in ("--blob", "--tar", "--lifeline"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--compression", required=True)
     parser.add_argument("--diff-id", type=parse_digest, required=True)
+    parser.add_argument("--base", action="store_true")
     told = parser.parse_args(argv)
     threading.Thread(target=_end_with_parent, args=(told.lifeline,), daemon=True).start()
-    parents = [Parent(**{kind: Path(path) for kind, path in row.items()}) for row in json.load(sys.stdin)]
+    sys.stdin.readline()
     try:
         _leave_network()
         usage = unpack(
@@ -80,7 +94,7 @@ def main(argv: list[str]) -> int:
             told.target,
             compression=told.compression,
             diff_id=told.diff_id,
-            parents=parents,
+            parents=None if told.base else _ask_for_parents,
         )
     except SnapshotterError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -90,6 +104,12 @@ def main(argv: list[str]) -> int:
         return 1
     print(json.dumps({"size": usage.size, "inodes": usage.inodes}))
     return 0
+
+
+def _ask_for_parents() -> list[Parent]:
+    print(json.dumps({"waiting": True}), flush=True)
+    rows = json.loads(sys.stdin.readline())
+    return [Parent(**{kind: Path(path) for kind, path in row.items()}) for row in rows]
 
 
 def _end_with_parent(lifeline: int) -> None:
@@ -108,6 +128,12 @@ def _chunks(fd: int) -> Iterator[bytes]:
     offset = 0
     while chunk := os.pread(fd, _CHUNK, offset):
         offset += len(chunk)
+        yield chunk
+
+
+def _copied(chunks: Iterator[bytes], fd: int) -> Iterator[bytes]:
+    for chunk in chunks:
+        _write(fd, chunk)
         yield chunk
 
 

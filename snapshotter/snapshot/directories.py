@@ -97,17 +97,22 @@ class Directories:
 
         That fails with EBUSY, and has then harmed nothing below it, where something is still mounted.
         """
-        with contextlib.suppress(FileNotFoundError):
-            top = os.open(self.path / str(snapshot_id), _FLAGS)
-            try:
-                _empty(top)
-            finally:
-                os.close(top)
-            os.rmdir(self.path / str(snapshot_id))
+        delete_tree(self.path / str(snapshot_id))
 
     def _numbers(self) -> set[int]:
         """Return the ids that have a directory; any other name in there is not ours."""
         return {int(name) for name in os.listdir(self.path) if name.isascii() and name.isdecimal()}
+
+
+def delete_tree(path: Path) -> None:
+    """Delete a directory and all below it, however deep, if it exists. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        top = os.open(path, _FLAGS)
+        try:
+            _empty(top)
+        finally:
+            os.close(top)
+        os.rmdir(path)
 
 
 def _empty(top: int) -> None:

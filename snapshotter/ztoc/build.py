@@ -87,6 +87,30 @@ def build(
     )
 
 
+def read_tar(chunks: Iterable[Buffer]) -> tuple[Ztoc, Digest]:
+    """Return the table of contents of the tar stream `chunks`, as one span, and its diffID.
+
+    It is what unpacking takes; hashing the stream once is all that it costs beside. Raises as `build` does.
+    """
+    size = 0
+    with _TarPass() as tar:
+        for piece in _pieces(chunks):
+            tar.feed(memoryview(piece))
+            size += len(piece)
+        diff_id = tar.finish()
+    entries = tuple(tar.scanner.entries)
+    ztoc = Ztoc(
+        version=VERSION,
+        build_tool=DEFAULT_BUILD_TOOL,
+        compressed_size=size,
+        uncompressed_size=tar.scanner.end_offset,
+        entries=entries,
+        header_starts=header_starts(entries),
+        compression=CompressionInfo(Algorithm.UNCOMPRESSED, 0, (diff_id,), write_tar(max(size, 1), size)),
+    )
+    return ztoc, diff_id
+
+
 @dataclass(frozen=True, slots=True)
 class _Blob:
     """What is learned from the compressed side."""

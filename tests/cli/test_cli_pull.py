@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from snapshotter.cli.pull import PulledImage, PullOptions, pull, source_label
+from snapshotter.cli.pull import PulledImage, PullOptions, pull
 from snapshotter.cli.unpack import chain_ids
 from snapshotter.containerd.client import Containerd
+from snapshotter.containerd.labels import source_label
 from snapshotter.download.downloads import RANGE_SIZE
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient

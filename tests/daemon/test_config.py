@@ -212,9 +212,9 @@ class TestWarnings:
         )
 
     def test_a_feature_that_is_not_there_yet(self, file: Path) -> None:
-        text = "[cri_keychain]\nenable_keychain = true\n[prefetch]\nenable = false\n[fuse]\nlog_fuse_operations = true"
+        text = "[prefetch]\nenable = false\n[fuse]\nlog_fuse_operations = true"
         assert loaded(file, text).warnings == (
-            f"{file}: not available in this version, so without effect: [fuse] log_fuse_operations, [cri_keychain]",
+            f"{file}: not available in this version, so without effect: [fuse] log_fuse_operations",
         )
 
     def test_a_file_of_values_with_meaning_has_none(self, file: Path) -> None:

@@ -141,10 +141,15 @@ def test_its_default_file_means_our_defaults(file: Path) -> None:
     file.write_text(default_file())
     loaded = load(file, explicit=True)
     blob = dataclasses.replace(Config().blob, max_retries=8, min_wait_msec=30, max_wait_msec=300_000)
-    v1_off = dataclasses.replace(
-        Config().pull_modes, soci_v1=dataclasses.replace(Config().pull_modes.soci_v1, enable=False)
+    modes = Config().pull_modes
+    off = dataclasses.replace(
+        modes,
+        soci_v1=dataclasses.replace(modes.soci_v1, enable=False),
+        parallel_pull_unpack=dataclasses.replace(
+            modes.parallel_pull_unpack, experimental_parallel_pull_as_fallback=False
+        ),
     )
-    assert loaded.config == dataclasses.replace(Config(), blob=blob, pull_modes=v1_off)
+    assert loaded.config == dataclasses.replace(Config(), blob=blob, pull_modes=off)
     assert loaded.config.blob_retry == Config().blob_retry
 
 
@@ -170,7 +175,7 @@ def test_a_key_without_effect_has_none(file: Path, key: tuple[str, ...]) -> None
     [
         "[fuse]\nlog_fuse_operations = true",
         "[prefetch]\nenable = true",
-        "[pull_modes.parallel_pull_unpack]\nenable = true",
+        "[pull_modes.parallel_pull_unpack.decompress_streams.gzip]\npath = '/bin/x'",
     ],
 )
 def test_asking_for_what_is_still_to_come_is_a_warning(file: Path, text: str) -> None:

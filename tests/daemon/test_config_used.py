@@ -25,6 +25,7 @@ READ_AS: dict[tuple[str, ...], str] = {
     ("blob", "max_retries"): r"\.blob_retry\b",
     ("blob", "min_wait_msec"): r"\.blob_retry\b",
     ("blob", "max_wait_msec"): r"\.blob_retry\b",
+    ("pull_modes", "parallel_pull_unpack", "concurrent_download_chunk_size"): r"\.download_chunk_bytes\b",
     ("blob", "max_span_verification_retries"): r"\bblob\.span_refetches\b",
 }
 

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from snapshotter.daemon import catalog
+from snapshotter.daemon.asked import Asked
 from snapshotter.daemon.discovery import Modes
-from snapshotter.daemon.provider import Asked
 from snapshotter.errors import Unavailable
 from snapshotter.snapshot.layers import Deferred, Lazy, Local
 from snapshotter.snapshot.model import LazyMount

@@ -212,7 +212,7 @@ def test_a_program_that_dies_is_named(
 
 def test_a_cancelled_download_leaves_nothing(workdir: Path, registry: Registry) -> None:
     image = registry.add_image([os.urandom(1 << 20)], diff_ids=[sha256_digest(b"")])
-    registry.fault(Stall(path=image.layers[0].digest, after=1000))
+    registry.fault(Stall(path=image.layers[0].digest, after=1000, count=-1))
 
     async def test(unpacker: Unpacker) -> None:
         with trio.move_on_after(0.3) as scope:

@@ -59,12 +59,12 @@ def unpack(
             [
                 sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(source.fileno()),
                 "--tar", str(scratch.fileno()), "--target", str(target), "--compression", compression,
-                "--diff-id", diff_id or blob.diff_id, "--lifeline", str(lifeline),
+                "--diff-id", diff_id or blob.diff_id, "--lifeline", str(lifeline), *([] if parents else ["--base"]),
             ],
-            input=json.dumps(rows).encode(), capture_output=True, check=False,
+            input=b"\n" + json.dumps(rows).encode() + b"\n", capture_output=True, check=False,
             pass_fds=(source.fileno(), scratch.fileno(), lifeline),
         )  # fmt: skip
-    answer: dict[str, Any] = json.loads(result.stdout)
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert result.returncode == (1 if "error" in answer else 0)
     assert result.stderr == b""
     return answer
@@ -98,19 +98,30 @@ def unpacked_parent(path: Path, entries: Iterable[Named]) -> Parent:
 
 def test_it_ends_with_its_parent(target: Path) -> None:
     lifeline, end = os.pipe()
-    command = [
-        sys.executable, "-m", "snapshotter.layer.unpack", "--blob", "0", "--tar", "0", "--lifeline", str(lifeline),
-        "--target", str(target), "--compression", "gzip", "--diff-id", "sha256:" + "1" * 64,
-    ]  # fmt: skip
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lifeline]
-    ) as child:
-        os.close(lifeline)
-        assert child.poll() is None, "it waits for its input"
-        os.close(end)  # as the kernel does for a parent that is killed
-        assert child.wait(20) == 1
-        assert child.stdout is not None
-        assert child.stdout.read() == b""
+    blob = layer({"implied/file": b"x"})
+    assert isinstance(blob.content, bytes)
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as scratch:
+        source.write(blob.content)
+        source.flush()
+        command = [
+            sys.executable, "-m", "snapshotter.layer.unpack", "--blob", str(source.fileno()),
+            "--tar", str(scratch.fileno()), "--lifeline", str(lifeline), "--target", str(target),
+            "--compression", "gzip", "--diff-id", blob.diff_id,
+        ]  # fmt: skip
+        passed = [lifeline, source.fileno(), scratch.fileno()]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed
+        ) as child:
+            os.close(lifeline)
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            assert json.loads(child.stdout.readline()) == {"waiting": True}
+            assert child.poll() is None, "it waits for the layers below"
+            os.close(end)  # as the kernel does for a parent that is killed
+            assert child.wait(20) == 1
+            assert child.stdout.read() == b""
     assert below(target) == set()
 
 

@@ -27,8 +27,10 @@ import trio
 
 from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
+from snapshotter.daemon.config import Config
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.parallelpull import ParallelPulls, ParallelSettings, settings_of
 from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.sources import BlobSources
@@ -39,6 +41,7 @@ from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import State
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS
 from snapshotter.snapshot.directories import metadata_path, snapshots_path
 from snapshotter.snapshot.layers import LayerRequest, Provided
 from snapshotter.snapshot.store import SnapshotStore
@@ -60,6 +63,9 @@ class Options:
     modes: Modes = field(default_factory=lambda: Modes(v1=True, v2=True))
     processes: bool = True
     """Whether there are a zygote and a fetcher; what is left to the client needs none."""
+    parallel: ParallelSettings = field(
+        default_factory=lambda: settings_of(Config(), DEFAULT_RETRY, DEFAULT_TIMEOUTS)
+    )
     leave: bool = False
     """Only stop at the end, as a daemon does: mounts and holder stay."""
 
@@ -204,6 +210,7 @@ def _compose(
         on_gone=lambda spec, _counters: parts[0].provider.gone(spec),
     )
     layers = LayerStore(root, tidy=True)
+    unpacker = Unpacker(root, client)
     provider = Provider(
         ProviderSettings(options.background, options.mount_timeout, options.min_layer_size),
         root=root,
@@ -214,7 +221,10 @@ def _compose(
         sources=sources,
         fetcher=fetcher,
         keeper=keeper,
-        unpacker=Unpacker(root, client),
+        unpacker=unpacker,
+        parallel=ParallelPulls(
+            options.parallel, root=root, client=client, unpacker=unpacker, nursery=nursery
+        ),
         nursery=nursery,
         phases=phases,
     )

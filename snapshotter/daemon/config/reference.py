@@ -87,7 +87,7 @@ RENAMED: dict[KeyPath, str] = {
 NOT_YET: tuple[KeyPath, ...] = (
     ("max_concurrency",),
     ("fuse", "log_fuse_operations"),
-    ("pull_modes", "parallel_pull_unpack"),
+    ("pull_modes", "parallel_pull_unpack", "decompress_streams"),
     ("prefetch",),
 )
 """Keys, or whole tables, that nobody reads yet; remove an entry with the change that reads it (a test compares)."""

@@ -213,16 +213,19 @@ class DecompressorConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelPullConfig:
-    """Fast ordinary pulls of what is not lazy."""
+    """Fast ordinary pulls of what is not lazy. A failure leaves the image to containerd."""
 
     enable: bool = value(False, "Pull every image this way and none lazily.")
-    experimental_parallel_pull_as_fallback: bool = value(False, "Pull images without an index this way.")
+    experimental_parallel_pull_as_fallback: bool = value(
+        True,
+        "Pull images without an index this way; needs [content_store] containerd_address, or discard_unpacked_layers.",
+    )
     max_concurrent_downloads: int = value(-1, "Downloads at once in the daemon; -1: no limit.", minimum=-1)
     max_concurrent_downloads_per_image: int = value(
         3, "Downloads at once of one image; -1: no limit.", minimum=-1
     )
     concurrent_download_chunk_size: str = value(
-        "", "Size of one range request; empty: one request per layer.", form=_SIZE, convert=_chunk_size
+        "", "Size of one range request, at most 32mb; empty: 8mb.", form=_SIZE, convert=_chunk_size
     )
     max_concurrent_unpacks: int = value(
         -1, "Layers unpacked at once in the daemon; -1: no limit.", minimum=-1
