@@ -144,7 +144,7 @@ def test_a_deferred_layer_is_an_ordinary_snapshot(
     assert fields(caplog)["remote-snapshot-prepared"] == fields(caplog)["local-snapshot-prepared"] == "false"
 
 
-@pytest.mark.parametrize("error", [NoIndex("no index"), ValueError("a bug"), Unavailable("not now")])
+@pytest.mark.parametrize("error", [NoIndex("no index"), ValueError("a bug")])
 def test_a_provider_that_raises_defers(
     build: Build, error: Exception, caplog: pytest.LogCaptureFixture, expected_logs: ExpectedLogs
 ) -> None:
@@ -157,6 +157,14 @@ def test_a_provider_that_raises_defers(
     (failure,) = expected_logs.records
     assert failure.exc_info is not None
     assert failure.exc_info[1] is error
+
+
+def test_the_end_of_the_daemon_is_not_a_reason_to_pull_in_full(build: Build) -> None:
+    sn = build(ScriptedLayers({BASE: Unavailable("not now")}))
+    with pytest.raises(Unavailable, match="not now"):
+        prepare(sn, BASE, key="key")
+    with pytest.raises(NotFound):
+        sn.stat("key")
 
 
 @pytest.mark.parametrize("answer", [Deferred("unpack-failed"), ValueError("half way")])
