@@ -198,7 +198,7 @@ async def read_at(path: Path, offset: int, size: int) -> bytes | None:
 
 
 LIES: list[Fault] = [
-    FlipByte(count=-1),
+    FlipByte(count=-1, at=99),  # a layer's first bytes, before span 0, are no file's
     WrongRange(count=-1, shift=512),
     IgnoreRange(count=-1),
     Truncate(count=-1, after=10),
@@ -358,14 +358,16 @@ def forget_the_boot(spans: Path) -> None:
 # --- a host that cannot be lazy
 
 
-def test_without_resend_nothing_is_lazy_and_the_reason_is_named(workdir: Path, registry: Registry) -> None:
+def test_on_a_kernel_that_is_too_old_nothing_is_lazy_and_the_reason_is_named(
+    workdir: Path, registry: Registry
+) -> None:
     """The daemon works all the same: containerd gets ordinary mounts, and the operator is told why."""
     image = publish(registry, [ONE])
     daemon = Daemon(workdir / "d")
     program = (
         "import sys\n"
         "from snapshotter.fuse import kernel\n"
-        "kernel.Flag.HAS_RESEND = 1 << 62  # a bit that no kernel offers\n"
+        "kernel.OLDEST_MINOR = 1000\n"
         "from snapshotter.daemon.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -374,7 +376,7 @@ def test_without_resend_nothing_is_lazy_and_the_reason_is_named(workdir: Path, r
         daemon.start()
         report = daemon.status()
         assert report["lazy"] is False
-        assert "FUSE_NOTIFY_RESEND" in report["not_lazy_because"]
+        assert "7.1000 or newer is needed" in report["not_lazy_because"]
         with grpc.insecure_channel(f"unix://{daemon.address}") as channel:
             stub = snapshots_pb2_grpc.SnapshotsStub(channel)
             request = snapshots_pb2.PrepareSnapshotRequest(
@@ -389,6 +391,6 @@ def test_without_resend_nothing_is_lazy_and_the_reason_is_named(workdir: Path, r
             for r in daemon.records()
             if r.get("msg") == "nothing is lazy on this host; images are pulled in full"
         ]
-        assert "6.9" in said["reason"]
+        assert "7.1000" in said["reason"]
     finally:
         daemon.cleanup()
