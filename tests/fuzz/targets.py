@@ -24,6 +24,7 @@ import httpx
 import trio
 
 from snapshotter import messages
+from snapshotter.counters import CounterPage
 from snapshotter.daemon.config.loading import load
 from snapshotter.errors import (
     AuthenticationFailed,
@@ -44,7 +45,9 @@ from snapshotter.errors import (
 from snapshotter.fetch import control, trace
 from snapshotter.fetch.options import Options
 from snapshotter.fuse import holder, kernel, mounting
-from snapshotter.fuse.mountpoint import RootFacts, answer_one, parse_holder_name
+from snapshotter.fuse.counters import NAMES as COUNTER_NAMES
+from snapshotter.fuse.journal import Journal
+from snapshotter.fuse.mountpoint import Mountpoint, MountSpec, RootFacts, answer_one, parse_holder_name
 from snapshotter.layer import header, wire
 from snapshotter.layer.compile import compile_tree
 from snapshotter.layer.spans import SpanFile, SpanState, SpanView
@@ -63,7 +66,7 @@ from snapshotter.registry.wire import Exchange, Reply, joined
 from snapshotter.sdnotify import Notifier
 from snapshotter.snapshot.filters import compile_filters
 from snapshotter.soci import index, prefetch
-from snapshotter.units import Digest
+from snapshotter.units import Digest, sha256_digest
 from snapshotter.ztoc import pax, zinfo
 from snapshotter.ztoc.build import build
 from snapshotter.ztoc.flatbuffers import Table
@@ -90,6 +93,10 @@ _MAX_SPAN = 1 << 20
 _MAX_STREAM = 1 << 25
 
 _ROOT = RootFacts(Node(0o40755, 2, 0, 0, 0, 0, 0, 0, 0, b""), 1, 1)
+
+_SPEC = MountSpec(1, sha256_digest(b""), "", "", "", "")
+_JOURNAL = Journal()
+_COUNTERS = CounterPage(CounterPage.create("fuzz", COUNTER_NAMES), COUNTER_NAMES, writable=True)
 
 
 def target(function: Target) -> Target:
@@ -403,10 +410,12 @@ def fuse_request(data: bytes) -> None:
 
 @target
 def fuse_request_asleep(data: bytes) -> None:
-    near, far = messages.pair()
-    with near, far, contextlib.suppress(ValueError):
-        near.send(data[:4096])
-        answer_one(far.fileno(), _ROOT)
+    """A request for the keeper, on a kernel that sends again and on one that does not."""
+    for init in (kernel.Init(41, 0, kernel.Flag.HAS_RESEND), kernel.Init(36, 0, 0)):
+        near, far = messages.pair()
+        with near, far, contextlib.suppress(ValueError):
+            near.send(data[:4096] or b"\0")
+            answer_one(Mountpoint(_SPEC, far.fileno(), init, -1, _JOURNAL, _ROOT, -1, _COUNTERS))
 
 
 @target
