@@ -62,7 +62,7 @@ test: lint
 	$(BIN)/python -m coverage run -m pytest
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report --skip-covered --show-missing >.cache/coverage.txt
-	@tail -n 1 .cache/coverage.txt | sed 's/^/coverage (branches included): /'
+	@grep '^TOTAL' .cache/coverage.txt | sed 's/^TOTAL/coverage (branches included):/'
 
 demo: setup
 	@$(BIN)/python -m bench.demo
