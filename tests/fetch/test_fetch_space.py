@@ -69,18 +69,22 @@ def occupied(rig: Rig, layer: Layer) -> int:
     return sum(inodes.values()) * 512
 
 
+def read_twice_within(rig: Rig, layer: Layer, cap: int) -> None:
+    """Read every span twice, each right, with no more than `cap` bytes on disk at any time."""
+    server = rig.connect(layer)
+    for _ in range(2):
+        for span in range(len(layer.spans)):
+            assert server.read(span) == layer.content(span)
+            assert occupied(rig, layer) <= cap
+
+
 def test_a_layer_larger_than_the_cap_is_read_whole_and_the_cap_holds(
     tmp_path: Path, registry: Registry
 ) -> None:
     layer = make_layer(size=4 * MIB)
     cap = fixed(layer) + 2 * MIB
     with Rig(tmp_path, registry, options={"cache_max_bytes": cap}) as rig:
-        rig.add(layer)
-        server = rig.connect(layer)
-        for _ in range(2):
-            for span in range(len(layer.spans)):
-                assert server.read(span) == layer.content(span)
-                assert occupied(rig, layer) <= cap
+        read_twice_within(rig, rig.add(layer), cap)
         assert rig.count("evicted_data_spans") > 0
         assert rig.count("evicted_blob_spans") > 0
 
@@ -239,12 +243,7 @@ def test_an_uncompressed_layer_larger_than_the_cap_is_read_whole(tmp_path: Path,
     layer = make_layer(size=4 * MIB, compression="none")
     cap = fixed(layer) + 2 * MIB
     with Rig(tmp_path, registry, options={"cache_max_bytes": cap}) as rig:
-        rig.add(layer)
-        server = rig.connect(layer)
-        for _ in range(2):
-            for span in range(len(layer.spans)):
-                assert server.read(span) == layer.content(span)
-                assert occupied(rig, layer) <= cap
+        read_twice_within(rig, rig.add(layer), cap)
 
 
 def test_readers_beside_constant_eviction_get_right_bytes(
