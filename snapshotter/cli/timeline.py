@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from snapshotter.errors import NotFound, UsageError
+from snapshotter.reports import TRACE_FORMAT
 
 QUIET_S = 10.0
 """A pause after which another start begins. A program that starts is hardly ever silent for so long."""
-
-_FORMAT = 1
 
 
 class Bar(NamedTuple):
@@ -63,7 +62,7 @@ def find_start(report: Mapping[str, Any], *, image: str = "") -> Start:
 
     Raises NotFound when there was none, UsageError for a report of another version.
     """
-    if report.get("format") != _FORMAT:
+    if report.get("format") != TRACE_FORMAT:
         raise UsageError("the daemon tells in another version; use the soci that came with it")
     layers = report["layers"]
     wanted = {

@@ -27,7 +27,7 @@ import trio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
-from snapshotter import __version__, logs
+from snapshotter import __version__, logs, reports
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.daemon import (
     generation,
@@ -114,7 +114,7 @@ class App:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises ConfigError, ProcessFailed, OSError, also in groups."""
-        if len(os.fsencode(self._root / status.SOCKET_NAME)) > PATH_MAX:
+        if len(os.fsencode(self._root / reports.STATUS)) > PATH_MAX:
             raise ConfigError(f"--root: its path is too long for the sockets in it: {str(self._root)!r}")
         if self._settings.address.is_inherited:
             self._inherited = inherited.take_listener()
@@ -190,8 +190,8 @@ class App:
         await self._test_laziness(nursery)
         self._serve_metrics(cleanup)
         events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
-        nursery.start_soon(status.serve, root / status.SOCKET_NAME, report.collect)
-        nursery.start_soon(status.serve, root / timeline.SOCKET_NAME, events.collect)
+        nursery.start_soon(status.serve, root / reports.STATUS, report.collect)
+        nursery.start_soon(status.serve, root / reports.TRACE, events.collect)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
         if self._inherited is not None:
             nursery.start_soon(inherited.forward, self._inherited, self._address)
@@ -362,7 +362,7 @@ class App:
         cleanup.callback(stop)
 
     def _note_gone(self, spec: MountSpec, counters: Mapping[str, int]) -> None:
-        self._numbers.retire(spec, counters)
+        self._numbers.retire(counters)
         if spec.snapshot_id != selftest.SELFTEST_ID:
             self._provider.gone(spec)
 

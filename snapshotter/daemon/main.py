@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import trio
 
-from snapshotter import logs
+from snapshotter import logs, reports
 from snapshotter.daemon import status
 from snapshotter.daemon.app import HOLDER_SOCKET, App
 from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Settings, build_parser, run_config_command
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(settings: Settings) -> int:
     match settings.namespace.command:
         case "status":
-            report = status.ask(settings.root)
+            report = reports.ask(settings.root, reports.STATUS)
             print(json.dumps(report) if settings.namespace.json else status.render(report))
         case "config":
             path = settings.config_path if settings.is_config_explicit else None

@@ -1,19 +1,18 @@
 """Where the metrics get their numbers: the parts of the daemon, asked at the moment of a scrape.
 
-It owns the sums over mounts that have ended, and remembers what never changes of a mounted layer.
+It owns the sums over mounts that have ended, and remembers of which image each mount is.
 
 Concurrency: called from the threads of `web.py`, while the loop changes what is looked at; every look is at a copy.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
@@ -21,20 +20,8 @@ from snapshotter.daemon.phases import Phase, Phases, Timings
 from snapshotter.daemon.provider import REASONS, Provider
 from snapshotter.daemon.reference_metrics import LayerNumbers
 from snapshotter.daemon.totals import Totals
-from snapshotter.errors import InvalidLayerFile
 from snapshotter.fuse.keeper import Keeper
-from snapshotter.fuse.mountpoint import MountSpec
-from snapshotter.layer.tree import Tree
 from snapshotter.snapshot.store import SnapshotStore
-
-_log = logging.getLogger(__name__)
-
-
-class _Facts(NamedTuple):
-    """What does not change as long as a layer is mounted."""
-
-    image: str
-    size: int
 
 
 class Numbers:
@@ -58,12 +45,12 @@ class Numbers:
         self.registry = registry
         """What is known of hosts and keychains."""
         self._totals = Totals(self._counters)
-        self._facts: dict[int, _Facts] = {}
+        self._images: dict[int, str] = {}
+        """Manifest digests by snapshot id: what a mount is of never changes."""
 
-    def retire(self, spec: MountSpec, counters: Mapping[str, int]) -> None:
+    def retire(self, counters: Mapping[str, int]) -> None:
         """Keep the counts of a mount that has ended."""
         self._totals.retire(counters)
-        self._facts.pop(spec.snapshot_id, None)
 
     def mounts(self) -> Mapping[str, int]:
         """Return how many lazy mounts there are, by state."""
@@ -89,20 +76,21 @@ class Numbers:
     def layers(self) -> Iterator[LayerNumbers]:
         """Return what is mounted, with its size and how much of it is here."""
         mountpoints = list(self._keeper.mounts.items())
-        if any(snapshot_id not in self._facts for snapshot_id, _each in mountpoints):
-            self._learn()
+        if any(snapshot_id not in self._images for snapshot_id, _each in mountpoints):
+            self._images = {each.snapshot_id: each.manifest_digest for each in self._store.lazy_mounts()}
         for snapshot_id, mountpoint in mountpoints:
-            facts = self._facts.get(snapshot_id)
-            if facts is None:
+            image = self._images.get(snapshot_id)
+            if image is None:
                 continue
+            size = mountpoint.facts.compressed_size
             with suppress(KeyError, OSError):
                 spec = mountpoint.spec
                 yield LayerNumbers(
                     spec.layer,
-                    facts.image,
+                    image,
                     spec.target,
-                    facts.size,
-                    min(facts.size, _bytes_on_disk(Path(spec.spans).with_name("blob"))),
+                    size,
+                    min(size, _bytes_on_disk(Path(spec.spans).with_name("blob"))),
                     self._keeper.counters(snapshot_id),
                 )
 
@@ -115,20 +103,6 @@ class Numbers:
         for snapshot_id in list(self._keeper.mounts):
             with suppress(KeyError, OSError):
                 yield self._keeper.counters(snapshot_id)
-
-    def _learn(self) -> None:
-        for record in self._store.lazy_mounts():
-            mountpoint = self._keeper.mounts.get(record.snapshot_id)
-            if mountpoint is None or record.snapshot_id in self._facts:
-                continue
-            try:
-                with open(mountpoint.spec.tree, "rb") as file:
-                    tree = Tree(file.fileno())
-            except (OSError, InvalidLayerFile) as error:
-                _log.info("a layer has no size", extra={"layer": record.layer, "error": str(error)})
-                continue
-            self._facts[record.snapshot_id] = _Facts(record.manifest_digest, tree.compressed_size)
-            tree.close()
 
 
 def _bytes_on_disk(path: Path) -> int:

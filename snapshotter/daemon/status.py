@@ -20,14 +20,12 @@ import trio
 
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.sockets import make_way
-from snapshotter.errors import InvalidLayerFile, UsageError
+from snapshotter.errors import InvalidLayerFile
 from snapshotter.fuse.forker import Forker
 from snapshotter.fuse.holding import HolderClient
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import Mountpoint
 from snapshotter.layer.spans import SpanView
-
-SOCKET_NAME = "status.sock"
 
 
 class Status:
@@ -100,21 +98,6 @@ def _describe(mountpoint: Mountpoint) -> dict[str, Any]:
     described["verified"] = view.verified
     view.close()
     return described
-
-
-def ask(root: Path) -> dict[str, Any]:
-    """Return what the daemon on `root` says. Raises UsageError when none answers."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(10)
-        try:
-            sock.connect(str(root / SOCKET_NAME))
-            data = b"".join(iter(lambda: sock.recv(1 << 16), b""))
-            report: dict[str, Any] = json.loads(data)
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"no snapshotter answers on {root / SOCKET_NAME} ({error}): is it running, with this --root?"
-            ) from error
-    return report
 
 
 def render(report: Mapping[str, Any]) -> str:

@@ -13,13 +13,9 @@ from typing import Any
 
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.phases import Phases
+from snapshotter.reports import TRACE_FORMAT
 from snapshotter.snapshot.store import SnapshotStore
 from snapshotter.units import digest_hex
-
-SOCKET_NAME = "trace.sock"
-
-FORMAT = 1
-"""Of the object; a reader refuses another one."""
 
 
 class Timeline:
@@ -40,7 +36,7 @@ class Timeline:
             known["images"].append(mount.image_ref)
             known["manifests"].append(mount.manifest_digest)
         return {
-            "format": FORMAT,
+            "format": TRACE_FORMAT,
             "now": time.monotonic(),
             "wall": time.time(),
             "layers": layers,

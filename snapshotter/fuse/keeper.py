@@ -390,7 +390,12 @@ def _facts(path: str) -> RootFacts:
         tree = Tree(file.fileno())
     try:
         blocks = -(-tree.uncompressed_size // 4096)
-        return RootFacts(root=tree.row(kernel.ROOT_ID), blocks=blocks, files=tree.entry_count)
+        return RootFacts(
+            root=tree.row(kernel.ROOT_ID),
+            blocks=blocks,
+            files=tree.entry_count,
+            compressed_size=tree.compressed_size,
+        )
     finally:
         tree.close()
 

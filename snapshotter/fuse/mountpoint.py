@@ -52,11 +52,12 @@ class MountSpec:
 
 @dataclass(frozen=True, slots=True)
 class RootFacts:
-    """What the keeper answers for a sleeping layer: `df` and the root's attributes."""
+    """What the keeper knows of a layer without looking into it: what `df` and `stat` of its root ask, and its size."""
 
     root: Node
     blocks: int
     files: int
+    compressed_size: int
 
 
 @dataclass(slots=True)

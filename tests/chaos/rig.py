@@ -29,7 +29,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from snapshotter.daemon import status
+from snapshotter import reports
 from snapshotter.errors import AlreadyExists, NotFound, SnapshotterError, Unavailable, UsageError
 from tests.chaos.manager import HolderUnit
 from tests.support.images import Entry, directory, tar
@@ -239,7 +239,7 @@ class Rig:
     def status(self) -> dict[str, Any]:
         """Return what the daemon tells of itself; {} while it does not."""
         try:
-            return status.ask(self.daemon.root)
+            return reports.ask(self.daemon.root, reports.STATUS)
         except (UsageError, OSError):
             return {}
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import trio
 
+from snapshotter import reports
 from snapshotter.daemon import status
 from snapshotter.daemon.fetching import FetcherProcess
-from snapshotter.daemon.status import SOCKET_NAME, Status
+from snapshotter.daemon.status import Status
 from snapshotter.errors import ConfigError, UsageError
 from snapshotter.fuse.mountpoint import State
 from snapshotter.layer.spans import SpanFile
@@ -58,16 +59,16 @@ def with_status(
 async def answering(root: Path, status_: Status) -> AsyncIterator[None]:
     """Have the daemon answer on its socket."""
     async with background() as nursery:
-        nursery.start_soon(status.serve, root / SOCKET_NAME, status_.collect)
+        nursery.start_soon(status.serve, root / reports.STATUS, status_.collect)
         with trio.fail_after(10):
-            while not await trio.to_thread.run_sync(accepts_connections, root / SOCKET_NAME):
+            while not await trio.to_thread.run_sync(accepts_connections, root / reports.STATUS):
                 await trio.sleep(0.01)
         yield
 
 
 async def asked(root: Path) -> dict[str, Any]:
     """Return what the command gets from the daemon's socket."""
-    return await trio.to_thread.run_sync(status.ask, root)
+    return await trio.to_thread.run_sync(reports.ask, root, reports.STATUS)
 
 
 # --- what is collected
@@ -153,7 +154,7 @@ def test_the_command_gets_what_the_daemon_says(workdir: Path) -> None:
         for _ in range(2):  # the socket that is left makes way
             async with answering(workdir, status_):
                 assert await asked(workdir) == status_.collect()
-                assert (workdir / SOCKET_NAME).stat().st_mode & 0o777 == 0o600
+                assert (workdir / reports.STATUS).stat().st_mode & 0o777 == 0o600
 
     with_status(workdir, test)
 
@@ -162,34 +163,34 @@ def test_who_asks_and_goes_away_harms_nobody(workdir: Path) -> None:
     async def test(kept: Kept, status_: Status) -> None:
         async with answering(workdir, status_):
             for _ in range(20):
-                assert await trio.to_thread.run_sync(accepts_connections, workdir / SOCKET_NAME)
+                assert await trio.to_thread.run_sync(accepts_connections, workdir / reports.STATUS)
             assert (await asked(workdir))["pids"]["daemon"] == os.getpid()
 
     with_status(workdir, test)
 
 
 def test_a_path_that_is_taken_by_something_else_is_named(workdir: Path) -> None:
-    (workdir / SOCKET_NAME).write_text("not a socket")
+    (workdir / reports.STATUS).write_text("not a socket")
 
     async def test(kept: Kept, status_: Status) -> None:
         with pytest.raises(ConfigError, match="not a socket"):
-            await status.serve(workdir / SOCKET_NAME, status_.collect)
+            await status.serve(workdir / reports.STATUS, status_.collect)
 
     with_status(workdir, test)
 
 
 def test_nobody_answers(workdir: Path) -> None:
     with pytest.raises(UsageError, match="is it running, with this --root"):
-        status.ask(workdir)
+        reports.ask(workdir, reports.STATUS)
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(workdir / SOCKET_NAME))
+        dead.bind(str(workdir / reports.STATUS))
         with pytest.raises(UsageError, match="is it running"):
-            status.ask(workdir)
+            reports.ask(workdir, reports.STATUS)
 
 
 def test_an_answer_that_breaks_off_is_an_error(workdir: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(workdir / SOCKET_NAME))
+        listener.bind(str(workdir / reports.STATUS))
         listener.listen()
 
         async def main() -> None:
@@ -201,7 +202,7 @@ def test_an_answer_that_breaks_off_is_an_error(workdir: Path) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(half)
                 with pytest.raises(UsageError):
-                    await trio.to_thread.run_sync(status.ask, workdir)
+                    await trio.to_thread.run_sync(reports.ask, workdir, reports.STATUS)
 
         trio.run(main)
 

@@ -92,7 +92,7 @@ _MANY = 2000
 _MAX_SPAN = 1 << 20
 _MAX_STREAM = 1 << 25
 
-_ROOT = RootFacts(Node(0o40755, 2, 0, 0, 0, 0, 0, 0, 0, b""), 1, 1)
+_ROOT = RootFacts(Node(0o40755, 2, 0, 0, 0, 0, 0, 0, 0, b""), 1, 1, 1)
 
 _SPEC = MountSpec(1, sha256_digest(b""), "", "", "", "")
 _JOURNAL = Journal()

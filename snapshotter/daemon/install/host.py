@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from snapshotter.daemon import status
+from snapshotter import reports
 from snapshotter.daemon.install.finding import Finding, ok, problem, warning
 from snapshotter.errors import UsageError
 
@@ -149,7 +149,7 @@ def daemon(running: Mapping[str, Any] | None) -> Finding:
 
 def _running(root: Path) -> dict[str, Any] | None:
     with suppress(UsageError):
-        return status.ask(root)
+        return reports.ask(root, reports.STATUS)
     return None
 
 
