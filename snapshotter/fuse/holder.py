@@ -39,14 +39,23 @@ class Table:
         self._notifier = notifier
 
     def adopt(self, stored: list[tuple[int, str]]) -> None:
-        """Take over what systemd kept for a former holder."""
-        self._fds.update({name: fd for fd, name in stored})
+        """Take over what systemd kept for a former holder; of several of a name the first, which is the newest."""
+        for fd, name in stored:
+            if self._fds.setdefault(name, fd) != fd:
+                os.close(fd)
 
     def put(self, name: str, fd: int) -> None:
-        """Keep `fd` under `name`; a former one of that name is closed."""
-        self.drop(name)
-        self._fds[name] = fd
+        """Keep `fd` under `name`; a former one of that name is closed.
+
+        systemd keeps the former one too, until the name is dropped: it could only be told to forget both, and a holder
+        that dies between forgetting and storing would lose what a mount depends on. What it has already it does not
+        take twice, and a descriptor whose FUSE connection has ended it drops by itself.
+        """
         self._notifier.store(name, [fd])
+        former = self._fds.get(name)
+        self._fds[name] = fd
+        if former is not None:
+            os.close(former)
 
     def drop(self, name: str) -> None:
         """Forget `name`, if it is there."""

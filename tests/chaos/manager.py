@@ -2,7 +2,7 @@
 
 What the unit says is done here: `Restart=always`, `RestartSec=100ms`, and the store of FDSTORE=1, which gives
 descriptors back to the next holder (LISTEN_FDS). As systemd does, it drops a stored descriptor that reports an error,
-which a FUSE connection does when it has ended.
+which a FUSE connection does when it has ended, and takes none twice.
 
 Concurrency: a thread of its own; `kill` and `pid` may be called from another.
 """
@@ -10,7 +10,9 @@ Concurrency: a thread of its own; `kill` and `pid` may be called from another.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import select
 import signal
 import socket
@@ -25,6 +27,7 @@ from tests.support.process import _TAG
 
 _RESTART_S = 0.1
 _MOST_FDS = 64
+_SYS_KCMP = {"x86_64": 312, "aarch64": 272}[platform.machine()]
 
 _EXEC = (
     "import os, sys\n"
@@ -50,6 +53,8 @@ class HolderUnit:
         self._process: subprocess.Popen[bytes] | None = None
         self._ending = threading.Event()
         self.restarts = -1
+        self.forgotten = 0
+        """Descriptors that the holder had dropped."""
         self._ready = threading.Event()
 
     @property
@@ -110,9 +115,10 @@ class HolderUnit:
         words = dict(line.partition("=")[::2] for line in data.decode().splitlines())
         name = words.get("FDNAME", "stored")
         if "FDSTORE" in words:
-            self._store.setdefault(name, []).extend(fds)
+            self._store[name] = _stored(fds, self._store.get(name, []))
         elif "FDSTOREREMOVE" in words:
             for fd in self._store.pop(name, []):
+                self.forgotten += 1
                 os.close(fd)
         elif "READY" in words:
             self._ready.set()
@@ -129,7 +135,27 @@ class HolderUnit:
             if not fds:
                 del self._store[name]
 
+    def stored(self) -> dict[str, int]:
+        """Return how many descriptors are stored under each name."""
+        return {name: len(fds) for name, fds in dict(self._store).items()}
+
     def kill(self) -> None:
         """Kill the holder."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+
+
+def _stored(new: list[int], old: list[int]) -> list[int]:
+    """Return the store with what is new, the newest first as in systemd's; what is there already is not taken twice."""
+    kept = list(old)
+    for fd in new:
+        if any(_is_same(fd, each) for each in old):
+            os.close(fd)
+        else:
+            kept.insert(0, fd)
+    return kept
+
+
+def _is_same(one: int, other: int) -> bool:
+    """Return whether two descriptors are of one open file, as systemd does: kcmp(2)."""
+    return ctypes.CDLL(None).syscall(_SYS_KCMP, os.getpid(), os.getpid(), 0, one, other) == 0

@@ -18,6 +18,7 @@ import pytest
 from snapshotter import messages
 from snapshotter.errors import ProcessFailed
 from snapshotter.fuse.holding import HolderClient
+from tests.chaos.manager import HolderUnit
 from tests.support.process import wait_until
 
 
@@ -36,6 +37,14 @@ def pipe_with(data: bytes) -> int:
     os.write(writing, data)
     os.close(writing)
     return reading
+
+
+def file_with(data: bytes) -> int:
+    """Return a descriptor that poll finds nothing wrong with; a pipe without a writer would be dropped as dead."""
+    fd = os.memfd_create("held")
+    os.write(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
 
 
 def kept(client: HolderClient) -> dict[str, bytes]:
@@ -154,6 +163,39 @@ def test_under_systemd_descriptors_go_to_its_store_and_come_back(tmp_path: Path)
         returned.kill()
         returned.wait()
         os.close(fds[0])
+
+
+def test_a_name_is_replaced_without_a_moment_in_which_nothing_is_stored(tmp_path: Path) -> None:
+    """However much of what the holder says systemd gets before a crash, the next holder has one of the two."""
+    notify, path = tmp_path / "notify", tmp_path / "held.sock"
+    with HolderUnit(path, notify, tag="") as unit:
+        client = HolderClient(str(path))
+        opened = [file_with(data) for data in (b"first", b"second")]
+        for fd in opened:
+            client.put("name", fd)
+        client.put("name", opened[1])  # a new daemon says it again: not stored twice
+        client.put("other", opened[0])
+        client.close()
+        wait_until(lambda: "other" in unit.stored(), timeout=30, what="all was said")
+        assert unit.stored() == {"name": 2, "other": 1}
+        assert unit.forgotten == 0
+        restarts = unit.restarts
+        unit.kill()
+        wait_until(lambda: unit.restarts > restarts, timeout=30, what="there is another holder")
+        wait_until(lambda: answers(path), timeout=30, what="it answers")
+        client = HolderClient(str(path))
+        assert kept(client) == {"name": b"second", "other": b"first"}
+        client.drop("name")
+        wait_until(lambda: "name" not in unit.stored(), timeout=30, what="it is forgotten")
+        client.close()
+        for fd in opened:
+            os.close(fd)
+
+
+def answers(path: Path) -> bool:
+    """Tell whether a holder listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def start_with_stored(path: str, fd: int, name: str) -> subprocess.Popen[bytes]:
