@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,27 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
     code = program.main(arguments)
     captured = capsys.readouterr()
     return code, captured.out + captured.err
+
+
+def test_a_service_with_a_mistake_does_not_end_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(program, "_MISTAKE_PAUSE_S", 0.125)
+    real = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (pauses.append(seconds), real(seconds)))
+    path = tmp_path / "config.toml"
+    path.write_text(MISTAKES[0][0])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        code, text = said(capsys, "--config", str(path), "--root", str(tmp_path / "root"))
+        assert (code, pauses.count(0.125)) == (78, 1)
+        assert manager.recv(4096).decode() == f"STATUS={text.strip().partition(': ')[2]}"
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert said(capsys, "--config", str(path), "--root", str(tmp_path / "root"))[0] == 78
+    assert pauses.count(0.125) == 1  # nobody starts it again
 
 
 @pytest.mark.parametrize(("config", "about"), MISTAKES)
