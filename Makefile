@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
 COMPILE := .cache/lock/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-annotate \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-# How long `make chaos` and `make fuzz` run, and which chaos.
+# How long `make chaos` and `make fuzz` run, and which chaos; with OLD_KERNEL=1 as before Linux 6.9.
 SECONDS ?= 600
 SEED ?= 7
 CYCLES ?= 1000
@@ -71,7 +71,7 @@ bench: setup
 	@$(BIN)/python -m bench --readme
 
 chaos: setup
-	@$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
+	@$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED) $(if $(OLD_KERNEL),--old-kernel)
 
 fuzz: setup
 	@$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)

@@ -32,6 +32,7 @@ import grpc
 from snapshotter import reports
 from snapshotter.errors import AlreadyExists, NotFound, SnapshotterError, Unavailable, UsageError
 from tests.chaos.manager import HolderUnit
+from tests.support import oldkernel
 from tests.support.images import Entry, directory, tar
 from tests.support.indexed import IndexedImage, publish
 from tests.support.netns import Host, Network
@@ -69,11 +70,15 @@ class Pulled:
 
 
 class Rig:
-    """The running system; a context manager. `read_budget` is the daemon's, in seconds."""
+    """The running system; a context manager. `read_budget` is the daemon's, in seconds.
 
-    def __init__(self, workdir: Path, *, read_budget: float = 30.0) -> None:
+    With `old_kernel` requests cannot be sent again, as before Linux 6.9.
+    """
+
+    def __init__(self, workdir: Path, *, read_budget: float = 30.0, old_kernel: bool = False) -> None:
         self._workdir = workdir
         self._budget = read_budget
+        self._old_kernel = old_kernel
         self._undo = ExitStack()
         self._numbers = itertools.count()
         self._login = Bearer()
@@ -122,6 +127,8 @@ class Rig:
             },
             prefix=self.network.client.prefix,
         )
+        if self._old_kernel:
+            self.daemon.program = oldkernel.__name__
         self._undo.callback(self.daemon.cleanup)
         self.daemon.root.mkdir(mode=0o700)
         self.holder = self._undo.enter_context(

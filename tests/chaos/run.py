@@ -1,4 +1,4 @@
-"""Kills, broken registries and broken links under readers: `python -m tests.chaos.run [--seconds N] [--seed N]`.
+"""Kills, broken registries and broken links under readers: `python -m tests.chaos.run [--seconds N] [--seed N] [--old-kernel]`.
 
 Ends with one line of JSON: reads, errors, wrong answers, kills by role, the longest read, the longest read across a kill
 of each role, and what else happened. The exit code is 1 when a reader saw a wrong byte, or an error that the policy
@@ -279,10 +279,13 @@ def main() -> int:
     parser.add_argument(
         "--pause", type=float, default=0.2, help="seconds between two faults, on the average (0.2)"
     )
+    parser.add_argument(
+        "--old-kernel", action="store_true", help="as before Linux 6.9: requests are never sent again"
+    )
     arguments = parser.parse_args()
     workdir = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
-        with Rig(workdir) as rig:
+        with Rig(workdir, old_kernel=arguments.old_kernel) as rig:
             tally = Chaos(
                 rig,
                 seconds=arguments.seconds,

@@ -32,6 +32,9 @@ from tests.support.registry import (
 
 ROLES = ("layer", "fetcher", "zygote", "daemon", "holder", "all")
 
+_KILLS = 6
+"""Of each role in a round. Ten minutes have 20 rounds on a machine with two cores of its own: more than 100 of each."""
+
 _BYTES = "/blobs/|/storage/"
 _STORAGE = "/storage/"
 
@@ -103,7 +106,7 @@ def schedule(seed: int, *, pause: float) -> Iterator[Step]:
     """Yield steps for ever, `pause` seconds apart on the average; in each round everything has its turn once or more."""
     source = random.Random(seed)
     while True:
-        actions: list[Kill | Misbehave | Disturb] = [Kill(role) for role in ROLES * 3]
+        actions: list[Kill | Misbehave | Disturb] = [Kill(role) for role in ROLES * _KILLS]
         actions += source.sample(PASSING, 5)
         actions += [source.choice(FINAL), source.choice(LINKS)]
         source.shuffle(actions)
