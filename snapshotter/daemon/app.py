@@ -180,6 +180,7 @@ class App:
             fetcher=self._fetcher,
             keeper=self._keeper,
             not_lazy=lambda: self._provider.not_lazy,
+            resting=lambda: [name for name, host in client.statistics().hosts.items() if host.is_resting],
         )
         await nursery.start(self._keeper.run)
         nursery.start_soon(forker.run)

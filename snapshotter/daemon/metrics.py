@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.phases import BUCKETS_S, Phase, Timings
-from snapshotter.fetch.counters import GAUGES, WAIT_BUCKETS, WAIT_NAMES
+from snapshotter.fetch.counters import GAUGES, OFFLINE_BUCKETS, OFFLINE_NAMES, WAIT_BUCKETS, WAIT_NAMES
 from snapshotter.fuse.counters import NAMES, REQUEST_KINDS
 
 
@@ -69,9 +69,10 @@ class Collector:
                 yield _plain("soci_serve_", name, value, gauge=name in SERVER_GAUGES)
         fetched = self._numbers.fetched()
         for name, value in fetched.items():
-            if not name.startswith("wait_"):
+            if not name.startswith(("wait_", "offline_")):
                 yield _plain("soci_fetch_", name, value, gauge=name in GAUGES)
         yield _waits(fetched)
+        yield _offline(fetched)
         fallbacks = CounterMetricFamily(
             "soci_not_lazy_layers", "Layers not served lazily.", labels=["reason"]
         )
@@ -123,4 +124,15 @@ def _waits(fetched: Mapping[str, int]) -> Metric:
     )
     buckets = cumulative(WAIT_BUCKETS, [fetched.get(name, 0) for name in WAIT_NAMES])
     family.add_metric([], buckets, fetched.get("wait_microseconds", 0) / 1e6)
+    return family
+
+
+def _offline(fetched: Mapping[str, int]) -> Metric:
+    """Return the histogram of how long layers needed the network, in seconds."""
+    family = HistogramMetricFamily(
+        "soci_layer_offline_seconds",
+        "From a layer's first mount until it was complete and verified, and needed the network no more.",
+    )
+    buckets = cumulative(OFFLINE_BUCKETS, [fetched.get(name, 0) for name in OFFLINE_NAMES])
+    family.add_metric([], buckets, fetched.get("offline_milliseconds", 0) / 1e3)
     return family

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,22 @@ class Status:
         fetcher: FetcherProcess,
         keeper: Keeper,
         not_lazy: Callable[[], str],
+        resting: Callable[[], Sequence[str]],
     ) -> None:
         self._holder = holder
         self._forker = forker
         self._fetcher = fetcher
         self._keeper = keeper
         self._not_lazy = not_lazy
+        self._resting = resting
 
     def collect(self) -> dict[str, Any]:
-        """Return pids by role, why nothing is lazy (if so), and every lazy mount."""
+        """Return pids by role, why nothing is lazy (if so), what cannot be reached, the cache, and every lazy mount.
+
+        `circuits`: `blob_hosts_away` says how many hosts of blobs are not asked at the moment, `opened` how often
+        that began since the daemon's start, `registries` names the registries whose API is left alone. Sizes are bytes.
+        """
+        fetched = self._fetcher.counters()
         return {
             "pids": {
                 "daemon": os.getpid(),
@@ -57,6 +64,12 @@ class Status:
             },
             "lazy": not self._not_lazy(),
             "not_lazy_because": self._not_lazy(),
+            "circuits": {
+                "blob_hosts_away": fetched["hosts_away"],
+                "opened": fetched["circuits_opened"],
+                "registries": sorted(self._resting()),
+            },
+            "cache_bytes": fetched["cache_bytes"],
             "mounts": [_describe(each) for _id, each in sorted(self._keeper.mounts.items())],
         }
 
@@ -96,6 +109,8 @@ def _describe(mountpoint: Mountpoint) -> dict[str, Any]:
         return described | {"spans": None}
     described["spans"] = {state.name.lower(): count for state, count in view.counts().items()}
     described["verified"] = view.verified
+    described["offline_after_s"] = view.offline_after
+    described["fetched_bytes"], described["inflated_bytes"] = view.fetched_bytes, view.inflated_bytes
     view.close()
     return described
 
@@ -105,13 +120,24 @@ def render(report: Mapping[str, Any]) -> str:
     lines = ["  ".join(f"{role} {pid or '-'}" for role, pid in report["pids"].items())]
     if not report["lazy"]:
         lines.append(f"NOT LAZY: {report['not_lazy_because']}")
-    lines.append(f"{'SNAPSHOT':>8}  {'LAYER':19}  {'STATE':7}  {'PID':>8}  {'SPANS':>24}  VERIFIED")
+    circuits = report["circuits"]
+    if circuits["blob_hosts_away"] or circuits["registries"]:
+        away = ", ".join(circuits["registries"]) or "none"
+        lines.append(
+            f"not asked at the moment: {circuits['blob_hosts_away']} hosts of blobs; registries: {away}"
+        )
+    lines.append(f"cache {report['cache_bytes'] / 1e6:.1f} MB")
+    lines.append(
+        f"{'SNAPSHOT':>8}  {'LAYER':19}  {'STATE':7}  {'PID':>8}  {'SPANS':>20}  {'MB':>8}  VERIFIED AFTER"
+    )
     for mount in report["mounts"]:
         spans = mount["spans"]
         counts = f"{spans['inflated']}+{spans['fetched']} of {sum(spans.values())}" if spans else "?"
-        verified = "yes" if mount.get("verified") else "no"
+        size = f"{(mount['fetched_bytes'] + mount['inflated_bytes']) / 1e6:.1f}" if spans else "?"
+        after = mount.get("offline_after_s")
+        verified = "no" if not mount.get("verified") else "yes" if after is None else f"{after:.1f} s"
         lines.append(
             f"{mount['snapshot']:>8}  {mount['layer'][:19]}  {mount['state']:7}  {mount['pid'] or '-':>8}"
-            f"  {counts:>24}  {verified}"
+            f"  {counts:>20}  {size:>8}  {verified}"
         )
     return "\n".join(lines)

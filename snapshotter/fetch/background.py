@@ -28,6 +28,7 @@ from functools import partial
 from snapshotter.counters import CounterPage
 from snapshotter.fetch import control, pipeline
 from snapshotter.fetch.context import Context
+from snapshotter.fetch.counters import count_offline
 from snapshotter.fetch.flight import Flight
 from snapshotter.fetch.landing import Landing
 from snapshotter.fetch.layerstate import ActiveLayer
@@ -127,9 +128,12 @@ class Background:
 
     def _verified(self, layer: ActiveLayer) -> None:
         states = layer.files.states
+        before = states.offline_after
         states.set_header_fetched(True)
         states.set_complete(True)
         states.set_verified(True)
+        if before is None and states.offline_after is not None:
+            count_offline(self._context.counters, states.offline_after)
         layer.pin()
         self._context.chores.submit(
             0, partial(pipeline.make_durable, layer.files), partial(self._durable, layer)
@@ -141,7 +145,8 @@ class Background:
             log.warning("span states not synced", extra={"layer": layer.digest, "reason": str(outcome)})
         if not layer.closed and layer.files.states.verified:
             self._context.counters.add("layers_verified")
-            log.info("layer complete and verified", extra={"layer": layer.digest})
+            seconds = layer.files.states.offline_after
+            log.info("layer complete and verified", extra={"layer": layer.digest, "offline_after_s": seconds})
             self._context.tell_daemon(control.Complete(layer.digest, verified=True))
         layer.unpin()
 

@@ -16,6 +16,11 @@ WAIT_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 
 WAIT_NAMES = (*(f"wait_le_{bound:g}s" for bound in WAIT_BUCKETS), "wait_longer")
 """Counters of the histogram. Each counts the waits of its own bucket alone, not those below it too."""
 
+OFFLINE_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+"""The same of how long layers needed the network, seconds."""
+
+OFFLINE_NAMES = (*(f"offline_le_{bound:g}s" for bound in OFFLINE_BUCKETS), "offline_longer")
+
 COUNTERS = (
     # What went over the link. Bytes are those that arrived, also of ranges that failed half way.
     "ondemand_ranges",
@@ -54,6 +59,9 @@ COUNTERS = (
     *WAIT_NAMES,
     "wait_count",
     "wait_microseconds",
+    # How long layers were mounted until they were verified.
+    *OFFLINE_NAMES,
+    "offline_milliseconds",
 )
 
 GAUGES = (
@@ -83,3 +91,9 @@ def count_wait(page: CounterPage, seconds: float) -> None:
     page.add(WAIT_NAMES[index])
     page.add("wait_count")
     page.add("wait_microseconds", int(seconds * 1e6))
+
+
+def count_offline(page: CounterPage, seconds: float) -> None:
+    """Count a layer that needs the network no more, so long after it was first mounted."""
+    page.add(OFFLINE_NAMES[bisect_left(OFFLINE_BUCKETS, seconds)])
+    page.add("offline_milliseconds", int(seconds * 1e3))

@@ -38,6 +38,7 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 from collections import Counter
 from enum import IntEnum
 from pathlib import Path
@@ -76,6 +77,8 @@ _WORD_COMPLETE: Final = 34
 _WORD_VERIFIED: Final = 35
 _WORD_FETCHED_BYTES: Final = 36
 _WORD_INFLATED_BYTES: Final = 37
+_WORD_BEGAN_MS: Final = 38
+_WORD_OFFLINE_MS: Final = 39
 
 _STATES: Final = tuple(SpanState)
 _GENERATION_MASK: Final = 0xFFFFFFFF
@@ -174,6 +177,14 @@ class _Mapping:
         """Uncompressed bytes held in `data`, as the fetcher counts them."""
         return self._words[_WORD_INFLATED_BYTES]
 
+    @property
+    def offline_after(self) -> float | None:
+        """Seconds from the making of this file, which is when the layer was first mounted, to its first `verified`.
+
+        None as long as it is not, and where the host went down in between.
+        """
+        return self._words[_WORD_OFFLINE_MS] / 1000 or None
+
     def _unmap(self) -> None:
         self._words.release()
         self._bytes.release()
@@ -269,7 +280,10 @@ class SpanFile(_Mapping):
         self._words[_WORD_COMPLETE] = value
 
     def set_verified(self, value: bool) -> None:
-        """Say whether the complete blob had the layer's digest."""
+        """Say whether the complete blob had the layer's digest. The first time tells `offline_after`."""
+        if value and self._words[_WORD_BEGAN_MS]:
+            self._words[_WORD_OFFLINE_MS] = max(_uptime_ms() - self._words[_WORD_BEGAN_MS], 1)
+            self._words[_WORD_BEGAN_MS] = 0
         self._words[_WORD_VERIFIED] = value
 
     def set_fetched_bytes(self, count: int) -> None:
@@ -309,8 +323,11 @@ class SpanFile(_Mapping):
         ours = (self._span_count, bytes.fromhex(digest_hex(digest)), boot_id.encode()[:64])
         if identity is None or identity[:2] != ours[:2]:
             self._reset_records()
+            self._words[_WORD_BEGAN_MS] = _uptime_ms()
         elif identity[2] != ours[2] or not self._words[_WORD_CLEAN]:
             self._suspect_everything()
+            if identity[2] != ours[2]:
+                self._words[_WORD_BEGAN_MS] = 0  # another boot's clock
         self._words[_WORD_CLEAN] = 0
         _IDENTITY.pack_into(self._bytes, 0, _MAGIC, VERSION, ours[0], ours[1], ours[2])
 
@@ -321,7 +338,7 @@ class SpanFile(_Mapping):
             if self._words[at]:
                 self._words[at] = ((self._words[at] >> 32) + 1 & _GENERATION_MASK) << 32
             self._words[at + 1] = 0
-        for word in range(_WORD_CLEAN, _WORD_INFLATED_BYTES + 1):
+        for word in range(_WORD_CLEAN, _WORD_OFFLINE_MS + 1):
             self._words[word] = 0
 
     def _suspect_everything(self) -> None:
@@ -337,6 +354,11 @@ class SpanFile(_Mapping):
             self._words[at] = demoted | (generation + 1 & _GENERATION_MASK) << 32
         for word in (_WORD_COMPLETE, _WORD_VERIFIED):
             self._words[word] = 0
+
+
+def _uptime_ms() -> int:
+    """Return the time since the host's boot: no clock that is set can make it jump."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 def _read_identity(fd: int, size: int) -> tuple[int, bytes, bytes] | None:

@@ -119,7 +119,7 @@ def test_every_counter_is_there_before_anything_happened(scrape: Scrape) -> None
         base = name.removesuffix("us") + "seconds" if name.endswith("_us") else name
         assert (sample or f"soci_serve_{base}{'' if gauge else '_total'}") in found, name
     for name in FETCH_NAMES:
-        if not name.startswith("wait_"):
+        if not name.startswith(("wait_", "offline_")):
             assert f"soci_fetch_{name}" in found or f"soci_fetch_{name}_total" in found, name
 
 
@@ -168,6 +168,20 @@ def test_waits_are_a_histogram(numbers: Numbers, scrape: Scrape) -> None:
     values = {sample.name: sample.value for sample in family.samples}
     assert values["soci_fetch_wait_seconds_sum"] == 2.5
     assert values["soci_fetch_wait_seconds_count"] == buckets[-1]
+
+
+def test_times_until_layers_are_offline_are_a_histogram(numbers: Numbers, scrape: Scrape) -> None:
+    numbers.fetching |= {"offline_le_5s": 2, "offline_longer": 1, "offline_milliseconds": 4_008_500}
+    values = {
+        (sample.name, sample.labels.get("le")): sample.value
+        for sample in families(scrape())["soci_layer_offline_seconds"].samples
+    }
+    assert values["soci_layer_offline_seconds_bucket", "2.0"] == 0
+    assert values["soci_layer_offline_seconds_bucket", "5.0"] == 2
+    assert values["soci_layer_offline_seconds_bucket", "3600.0"] == 2
+    assert values["soci_layer_offline_seconds_count", None] == 3
+    assert values["soci_layer_offline_seconds_sum", None] == 4008.5
+    assert not [name for name in families(scrape()) if name.startswith("soci_fetch_offline")]
 
 
 def test_steps_are_a_histogram_with_failures(numbers: Numbers, scrape: Scrape) -> None:

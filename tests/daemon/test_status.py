@@ -49,6 +49,7 @@ def with_status(
                     fetcher=fetcher,
                     keeper=kept.keeper,
                     not_lazy=lambda: not_lazy,
+                    resting=lambda: ["registry.example"],
                 ),
             )
 
@@ -83,6 +84,8 @@ def partly_there(root: Path) -> LazyLayer:
     spans.set_fetched(0)
     spans.set_inflated(0, 1)
     spans.set_fetched(1)
+    spans.set_fetched_bytes(5000)
+    spans.set_inflated_bytes(70_000)
     spans.close()
     return layer
 
@@ -99,10 +102,15 @@ def test_mounts_and_roles(workdir: Path) -> None:
         }  # fmt: skip
         assert (report["lazy"], report["not_lazy_because"]) == (True, "")
         (mount,) = report["mounts"]
+        assert report["circuits"] == {
+            "blob_hosts_away": 0, "opened": 0, "registries": ["registry.example"],
+        }  # fmt: skip
+        assert report["cache_bytes"] == 0
         spans = mount.pop("spans")
         assert mount == {
             "snapshot": 7, "layer": layer.digest, "target": str(target),
             "state": "asleep", "hibernated": True, "pid": None, "verified": False,
+            "offline_after_s": None, "fetched_bytes": 5000, "inflated_bytes": 70_000,
         }  # fmt: skip
         assert spans.pop("missing") > 0
         assert spans == {"fetched": 1, "inflated": 1, "suspect": 0}
@@ -213,6 +221,8 @@ REPORT: dict[str, Any] = {
     "pids": {"daemon": 1, "holder": 2, "zygote": 3, "fetcher": None},
     "lazy": True,
     "not_lazy_because": "",
+    "circuits": {"blob_hosts_away": 0, "opened": 0, "registries": []},
+    "cache_bytes": 12_300_000,
     "mounts": [
         {
             "snapshot": 12,
@@ -223,17 +233,29 @@ REPORT: dict[str, Any] = {
             "pid": 99,
             "spans": {"missing": 5, "fetched": 2, "inflated": 3, "suspect": 0},
             "verified": True,
+            "offline_after_s": 71.23,
+            "fetched_bytes": 2_000_000,
+            "inflated_bytes": 3_100_000,
         }
     ],
 }
 
 
 def test_a_report_in_words() -> None:
-    roles, heading, mount = status.render(REPORT).splitlines()
+    roles, cache, heading, mount = status.render(REPORT).splitlines()
+    assert cache == "cache 12.3 MB"
     assert roles == "daemon 1  holder 2  zygote 3  fetcher -"
-    assert heading.split() == ["SNAPSHOT", "LAYER", "STATE", "PID", "SPANS", "VERIFIED"]
-    assert mount.split() == ["12", "sha256:abababababab", "awake", "99", "3+2", "of", "10", "yes"]
+    assert heading.split() == ["SNAPSHOT", "LAYER", "STATE", "PID", "SPANS", "MB", "VERIFIED", "AFTER"]
+    assert mount.split() == [
+        "12", "sha256:abababababab", "awake", "99", "3+2", "of", "10", "5.1", "71.2", "s",
+    ]  # fmt: skip
     assert len(heading) <= 100
+
+
+def test_hosts_that_are_left_alone_are_said() -> None:
+    circuits = {"blob_hosts_away": 2, "opened": 5, "registries": ["a.example", "b.example"]}
+    line = status.render(REPORT | {"circuits": circuits}).splitlines()[1]
+    assert line == "not asked at the moment: 2 hosts of blobs; registries: a.example, b.example"
 
 
 def test_why_nothing_is_lazy_is_said_first() -> None:
@@ -242,7 +264,7 @@ def test_why_nothing_is_lazy_is_said_first() -> None:
 
 
 def test_a_report_without_mounts() -> None:
-    assert len(status.render(REPORT | {"mounts": []}).splitlines()) == 2
+    assert len(status.render(REPORT | {"mounts": []}).splitlines()) == 3
 
 
 def test_a_host_that_cannot_be_lazy_says_why(workdir: Path) -> None:

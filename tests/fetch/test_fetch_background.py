@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from snapshotter.fetch import control, trace
+from snapshotter.fetch.counters import OFFLINE_NAMES
 from snapshotter.layer import wire
 from snapshotter.layer.compile import compile_tree
-from snapshotter.layer.spans import SpanState
+from snapshotter.layer.spans import SpanState, SpanView
 from snapshotter.units import sha256_digest
 from snapshotter.ztoc.parse import parse
 from tests.conftest import ExpectedLogs
@@ -25,6 +26,15 @@ def blob_of(rig: Rig, layer: Layer) -> bytes:
     return rig.store.paths(layer.digest).blob.read_bytes()
 
 
+def offline_after(rig: Rig, layer: Layer) -> float | None:
+    with rig.store.paths(layer.digest).spans.open("rb") as file:
+        view = SpanView(file.fileno())
+    try:
+        return view.offline_after
+    finally:
+        view.close()
+
+
 @pytest.mark.parametrize("compression", ["gzip", "uncompressed"])
 def test_a_layer_becomes_complete_and_verified(rig: Rig, compression: str) -> None:
     layer = rig.add(make_layer(compression=compression))
@@ -36,6 +46,25 @@ def test_a_layer_becomes_complete_and_verified(rig: Rig, compression: str) -> No
     assert rig.count("background_bytes") == sum(end - start for start, end in rig.ranges())
     assert rig.count("ondemand_ranges") == 0
     assert len(rig.ranges()) < len(layer.spans)
+
+
+def test_the_time_until_the_network_is_not_needed_is_counted_once(rig: Rig) -> None:
+    layer = rig.add(make_layer())
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    seconds = offline_after(rig, layer)
+    assert seconds is not None
+    assert 0 < seconds < 60
+    assert sum(rig.count(name) for name in OFFLINE_NAMES) == 1
+    assert rig.count("offline_milliseconds") == int(seconds * 1e3)
+    rig.stop()
+    rig.completions.clear()
+    rig.options = {**rig.options, "boot_id": "another"}
+    rig.start()
+    rig.open(layer, background=True)  # everything is checked, and the whole verified again
+    rig.wait_verified(layer)
+    assert offline_after(rig, layer) == seconds
+    assert sum(rig.count(name) for name in OFFLINE_NAMES) == 1
 
 
 def test_no_background_where_none_is_asked_for(rig: Rig) -> None:

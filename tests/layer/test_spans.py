@@ -153,6 +153,26 @@ def test_a_clean_end_keeps_everything(path: Path) -> None:
         assert file.generation(2) == 0
 
 
+def test_the_time_to_the_first_verification_is_told_and_kept(path: Path) -> None:
+    with closing(opened(path)) as file:
+        assert file.offline_after is None
+    with closing(opened(path)) as file:
+        file.set_verified(True)
+        first = file.offline_after
+        assert first is not None
+        assert 0 < first < 60
+        file.set_complete(False)
+        file.set_verified(True)
+        assert file.offline_after == first
+
+
+def test_the_time_is_not_told_where_the_host_went_down_in_between(path: Path) -> None:
+    opened(path).close()
+    with closing(opened(path, boot_id=OTHER_BOOT)) as file:
+        file.set_verified(True)
+        assert file.offline_after is None
+
+
 @pytest.mark.parametrize("how", ["crash", "reboot", "crash and reboot"])
 def test_after_any_other_end_everything_stored_is_suspect(path: Path, how: str) -> None:
     file = fill(path)
