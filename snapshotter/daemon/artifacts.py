@@ -38,6 +38,7 @@ from snapshotter.layer.inherit import Parent, inherited_attributes
 from snapshotter.layer.layout import TreeFlags
 from snapshotter.layer.store import LayerStore
 from snapshotter.layer.tree import Tree
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
 from snapshotter.units import Digest, sha256_digest
@@ -125,22 +126,25 @@ class LayerArtifacts:
         if compiled_from not in {None, ztoc.digest}:
             return compiled_from
         stored = await trio.to_thread.run_sync(self._stored_ztoc, layer)
+        data: bytes | None = None
         if stored != ztoc.digest:
             if stored is not None and compiled_from is None and self._store.has_tree(layer):
                 return stored  # another image's: its tree cannot be read, but its mounts go on
-            await self._fetch(image, layer, ztoc)
-        if compiled_from is None:
-            await self._compile(layer, ztoc.digest, variant="", base=False, inherited={})
+            data = await self._fetch(image, layer, ztoc)
+        async with open_nursery() as nursery:  # the disk takes about as long for the zTOC as compiling does
+            if data is not None:
+                nursery.start_soon(trio.to_thread.run_sync, self._store.write_ztoc, layer, data)
+            if compiled_from is None:
+                await self._compile(layer, ztoc.digest, data, variant="", base=False, inherited={})
         return ztoc.digest
 
-    async def _fetch(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+    async def _fetch(self, image: Reference, layer: Digest, ztoc: Descriptor) -> bytes:
         if ztoc.size > MAX_ZTOC_SIZE:
             raise UnsupportedLayer(
                 f"zTOC of layer {layer} has {ztoc.size} bytes; the limit is {MAX_ZTOC_SIZE}"
             )
         with self._phases.timed(Phase.ZTOC, layer):
-            data = await self._artifacts.blob(image, ztoc, max_size=ztoc.size)
-        await trio.to_thread.run_sync(self._store.write_ztoc, layer, data)
+            return await self._artifacts.blob(image, ztoc, max_size=ztoc.size)
 
     def _open(self, layer: Digest, variant: str = "") -> Tree:
         with open(self._store.paths(layer, variant).tree, "rb") as file:
@@ -168,16 +172,27 @@ class LayerArtifacts:
             return None
 
     async def _compile(
-        self, layer: Digest, ztoc: Digest, *, variant: str, base: bool, inherited: _Inherited
+        self,
+        layer: Digest,
+        ztoc: Digest,
+        data: bytes | None = None,
+        *,
+        variant: str,
+        base: bool,
+        inherited: _Inherited,
     ) -> Digest:
         """Have a child compile the tree; what it writes gets its name only if the child says that all is well.
 
-        Returns `ztoc`, from which it is made.
+        `data` is the zTOC while it is not stored yet. Returns `ztoc`, from which it is made.
         """
         started = trio.current_time()
 
         def write(fd: int) -> None:
-            trio.from_thread.run(self._run_child, layer, ztoc, fd, base, inherited)
+            source = self._open_ztoc(layer, data)
+            try:
+                trio.from_thread.run(self._run_child, layer, ztoc, source, fd, base, inherited)
+            finally:
+                os.close(source)
 
         with self._phases.timed(Phase.COMPILE, layer):
             await trio.to_thread.run_sync(self._store.write_tree, layer, write, variant)
@@ -187,14 +202,20 @@ class LayerArtifacts:
         )
         return ztoc
 
+    def _open_ztoc(self, layer: Digest, data: bytes | None) -> int:
+        if data is None:
+            return os.open(self._store.paths(layer).ztoc, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.memfd_create("soci-ztoc", os.MFD_CLOEXEC)
+        with open(fd, "wb", buffering=0, closefd=False) as file:
+            file.write(data)
+        return fd
+
     async def _run_child(
-        self, layer: Digest, ztoc: Digest, out: int, base: bool, inherited: _Inherited
+        self, layer: Digest, ztoc: Digest, source: int, out: int, base: bool, inherited: _Inherited
     ) -> None:
         near, far = messages.pair()
         with near:
             with far, ExitStack() as opened:
-                ztoc_fd = os.open(self._store.paths(layer).ztoc, os.O_RDONLY | os.O_CLOEXEC)
-                opened.callback(os.close, ztoc_fd)
                 inherited_fd = inherited_memfd(inherited)
                 opened.callback(os.close, inherited_fd)
                 child = await self._forker.fork(
@@ -206,7 +227,7 @@ class LayerArtifacts:
                         "memory_max_bytes": self._limits.memory_max_bytes,
                         "cpu_max_s": self._limits.time_max_s,
                     },
-                    fds={"ztoc": ztoc_fd, "tree": out, "answer": far.fileno(), "inherited": inherited_fd},
+                    fds={"ztoc": source, "tree": out, "answer": far.fileno(), "inherited": inherited_fd},
                 )
             try:
                 with trio.move_on_after(self._limits.time_max_s * 2):

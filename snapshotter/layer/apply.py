@@ -62,10 +62,14 @@ class DirAttributes:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The upper directory: inodes are numbered up to `highest_ino`, implicit ones behind the entries."""
+    """The upper directory: inodes are numbered up to `highest_ino`, implicit ones behind the entries.
+
+    `moments` has the modification time of each entry as it stands there, whatever its inode ends up with.
+    """
 
     root: Inode
     highest_ino: int
+    moments: Sequence[int]
 
 
 def apply_entries(
@@ -78,7 +82,7 @@ def apply_entries(
     """
     applying = _Applying(entries, base=base, inherited=inherited)
     applying.run()
-    return Applied(applying.scratch.root, applying.next_number - 1)
+    return Applied(applying.scratch.root, applying.next_number - 1, applying.moments)
 
 
 class _Parent(NamedTuple):
@@ -108,6 +112,7 @@ class _Applying:
         self._unpacked: set[bytes] = set()
         """For `base`: the paths that an opaque marker spares."""
         self._times: dict[str, int] = {}
+        self.moments = [0] * len(entries)
 
     def run(self) -> None:
         """Apply every entry, then set the times of directories."""
@@ -148,7 +153,7 @@ class _Applying:
             inode = children[name] = self._link_target(entry.linkname)
         elif inode is None:
             inode = children[name] = self._make(index, entry, directory)
-        self._set_attributes(inode, entry)
+        self._set_attributes(index, inode, entry)
         if kind == "dir":
             self._directory_times.append((entry.name, inode.mtime_ns))
         if self._base:
@@ -157,12 +162,15 @@ class _Applying:
     def _make(self, index: int, entry: FileEntry, directory: Inode) -> Inode:
         """Return a new inode for the entry, as created: owner and mode come afterwards."""
         kind = entry.kind
-        if kind not in _FORMAT:
+        mode = _FORMAT.get(kind)
+        if mode is None:
             raise UnsupportedLayer(f"entries of kind {kind!r} are not supported")
-        inode = Inode(FIRST_ENTRY_INO + index, _FORMAT[kind], gid=_initial_gid(directory), entry=index)
+        gid = directory.gid if directory.mode & _SET_GROUP_ID else 0
+        inode = Inode(FIRST_ENTRY_INO + index, mode, gid=gid, entry=index)
         if kind == "reg":
-            if entry.pax and any(key.startswith(b"GNU.sparse.") for key, _ in entry.pax):
-                raise UnsupportedLayer("sparse files are not stored as they are read")
+            for key, _ in entry.pax:
+                if key.startswith(b"GNU.sparse."):
+                    raise UnsupportedLayer("sparse files are not stored as they are read")
             inode.size = entry.size
         elif kind == "dir":
             inode.size = _DIRECTORY_SIZE
@@ -178,27 +186,29 @@ class _Applying:
             inode.rdev = 0 if kind == "fifo" else number
         return inode
 
-    def _set_attributes(self, inode: Inode, entry: FileEntry) -> None:
+    def _set_attributes(self, index: int, inode: Inode, entry: FileEntry) -> None:
         """Set owner, extended attributes, mode and time, in that order, as lchown, lsetxattr, chmod and utimes do."""
-        self._set_owner(inode, entry)
-        if entry.pax:
-            for key, value in dict(xattrs(entry)).items():
+        _, _, _, _, _, mode, uid, gid, _, _, text, _, _, pax = entry
+        self._set_owner(inode, uid, gid)
+        if pax and (found := xattrs(entry)):
+            for key, value in dict(found).items():
                 if settable(key, value, inode.mode):
                     inode.xattrs = inode.xattrs or {}
                     inode.xattrs[key] = value
         if not inode.target:
-            inode.mode = inode.mode & 0o170000 | entry.mode & 0o7777
-        text = entry.mod_time
-        mtime_ns = self._times.get(text)
-        if mtime_ns is None:
-            mtime_ns = self._times[text] = bound_time(mod_time_ns(text))
-        inode.mtime_ns = mtime_ns
+            inode.mode = inode.mode & 0o170000 | mode & 0o7777
+        moment = self._times.get(text)
+        if moment is None:
+            moment = self._times[text] = mod_time_ns(text)
+        self.moments[index] = moment
+        inode.mtime_ns = bound_time(moment)
 
-    def _set_owner(self, inode: Inode, entry: FileEntry) -> None:
-        if entry.uid != KEEP_OWNER:
-            inode.uid = entry.uid
-        if entry.gid != KEEP_OWNER:
-            inode.gid = entry.gid
+    @staticmethod
+    def _set_owner(inode: Inode, uid: int, gid: int) -> None:
+        if uid != KEEP_OWNER:
+            inode.uid = uid
+        if gid != KEEP_OWNER:
+            inode.gid = gid
         if inode.xattrs and inode.children is None:
             inode.xattrs.pop(CAPABILITY, None)
 
@@ -239,7 +249,7 @@ class _Applying:
         if present is not None:
             raise UnsupportedLayer("whiteout of a name that this layer has")
         inode = Inode(FIRST_ENTRY_INO + index, _FORMAT["char"], gid=_initial_gid(directory), entry=index)
-        self._set_owner(inode, entry)
+        self._set_owner(inode, entry.uid, entry.gid)
         children[hidden] = inode
 
     def _clear(self, directory: Inode, path: bytes) -> None:
@@ -265,6 +275,13 @@ class _Applying:
 
     def _enter(self, head: bytes) -> _Parent:
         """Return the directory that `head` means, making what is missing."""
+        above, _, name = head.rpartition(b"/")
+        known = self._parents.get(above)
+        if known is not None and name not in _SPECIAL:
+            directory = known.children.get(name)
+            if directory is not None and directory.children is not None:
+                found = self._parents[head] = _Parent(directory, directory.children, known.path + name + b"/")
+                return found
         if b"\0" in head:
             raise UnsupportedLayer("no file can have this name")
         cleaned = clean(head)
@@ -309,10 +326,17 @@ class _Applying:
         return inode
 
     def _set_directory_time(self, name: bytes, mtime_ns: int) -> None:
-        inode = self.scratch.find(self.scratch.resolve(clean(name)))
+        inode = self._directory_entered(name) or self.scratch.find(self.scratch.resolve(clean(name)))
         if inode is None:
             raise UnsupportedLayer("the directory is gone at the end of the layer")
         inode.mtime_ns = mtime_ns
+
+    def _directory_entered(self, name: bytes) -> Inode | None:
+        """Return the directory called `name` if it is one below another that is known; a shortcut."""
+        head, _, name = name.rstrip(b"/").rpartition(b"/")
+        known = self._parents.get(head)
+        inode = known.children.get(name) if known is not None and name not in _SPECIAL else None
+        return inode if inode is not None and inode.children is not None else None
 
 
 def _children(directory: Inode) -> dict[bytes, Inode]:

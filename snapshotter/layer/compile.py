@@ -10,7 +10,6 @@ time nor a surprise in a hostile zTOC is the daemon's.
 from __future__ import annotations
 
 import gc
-import mmap
 import os
 import stat
 import struct
@@ -21,7 +20,7 @@ from typing import Final
 
 from snapshotter.errors import DigestMismatch, InvalidZtoc, UnsupportedLayer
 from snapshotter.layer import layout
-from snapshotter.layer.apply import DirAttributes, apply_entries
+from snapshotter.layer.apply import Applied, DirAttributes, apply_entries
 from snapshotter.layer.attributes import OPAQUE
 from snapshotter.layer.header import NO_FINGERPRINT, fingerprint
 from snapshotter.layer.layout import TreeFlags
@@ -36,6 +35,9 @@ __all__ = ["DirAttributes", "compile_files", "compile_tree"]
 _NO_ATTRIBUTES: Final[Mapping[bytes, DirAttributes]] = {}
 _NO_DIGEST: Final = Digest("sha256:" + "0" * 64)
 _MAX_HEAP: Final = 0xFFFFFFFF  # offsets in it have 32 bits
+_REGULAR: Final = 0o10
+_NODE_SIZE: Final = layout.NODE.size
+_pack_node: Final = layout.NODE.pack_into
 
 
 def compile_tree(
@@ -56,8 +58,8 @@ def compile_tree(
     """
     applied = apply_entries(ztoc.entries, base=base, inherited=inherited)
     try:
-        writer = _Writer(ztoc, applied.highest_ino)
-        writer.add(applied.root)
+        writer = _Writer(ztoc, applied)
+        writer.add()
         return writer.finish(base=base, ztoc_digest=ztoc_digest)
     except (struct.error, OverflowError) as error:
         raise InvalidZtoc(f"zTOC: a number is out of range: {error}") from error
@@ -81,13 +83,11 @@ def compile_files(
     # Nothing here makes cycles, and looking for them among a million values takes 40 % of the time.
     gc.disable()
     try:
-        with mmap.mmap(ztoc_fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as data:
-            with memoryview(data) as view:
-                found = sha256_digest(view)
-            if found != digest:
-                raise DigestMismatch(f"zTOC file is {found} instead of {digest}")
-            ztoc = parse(data)
-        tree = memoryview(compile_tree(ztoc, base=base, inherited=inherited, ztoc_digest=digest))
+        data = os.pread(ztoc_fd, size, 0)
+        found = sha256_digest(data)
+        if found != digest:
+            raise DigestMismatch(f"zTOC file is {found} instead of {digest}")
+        tree = memoryview(compile_tree(parse(data), base=base, inherited=inherited, ztoc_digest=digest))
     finally:
         gc.enable()
     while tree:
@@ -118,22 +118,24 @@ class _Heap:
 class _Writer:
     """The sections of one tree while they grow."""
 
-    def __init__(self, ztoc: Ztoc, rows: int) -> None:
+    def __init__(self, ztoc: Ztoc, applied: Applied) -> None:
         self._ztoc = ztoc
-        self._rows = rows
-        self._nodes = bytearray(rows * layout.NODE.size)
+        self._applied = applied
+        self._rows = applied.highest_ino
+        self._nodes = bytearray(self._rows * layout.NODE.size)
         self._entries = array("I")
         self._keys = array("I")
         self._xattrs = array("I")
+        self._xattr_count = 0
         self._implicit = array("I")
         self._heap = _Heap()
         self._flags = TreeFlags.NONE
         self._inode_count = 0
         self._content_bytes = 0
 
-    def add(self, root: Inode) -> None:
-        """Lay out everything from `root` on, one directory after another, so that entries of one are neighbours."""
-        directories = [(root, layout.NO_ENTRY)]
+    def add(self) -> None:
+        """Lay out everything from the root on, one directory after another, so that entries of one are neighbours."""
+        directories = [(self._applied.root, layout.NO_ENTRY)]
         others: list[tuple[Inode, int]] = []
         for directory, entry in directories:  # grows while it is walked
             first, subdirectories = len(self._keys), len(directories)
@@ -145,6 +147,7 @@ class _Writer:
                 self._flags |= TreeFlags.HAS_IMPLICIT_DIRS
         for inode, entry in others:
             self._add_node(inode, entry, self._heap.add(inode.target), len(inode.target))
+        self._inode_count = len(directories) + len(others)
 
     def finish(self, *, base: bool, ztoc_digest: Digest) -> bytes:
         """Return the whole file."""
@@ -164,7 +167,7 @@ class _Writer:
             slot_count=len(slots),
             span_count=len(spans),
             entry_count=len(self._keys),
-            xattr_count=len(self._xattrs) // 4,
+            xattr_count=self._xattr_count,
             implicit_count=len(self._implicit),
             heap_size=len(heap),
             ztoc_digest=bytes.fromhex(digest_hex(ztoc_digest)),
@@ -191,21 +194,20 @@ class _Writer:
 
     def _add_node(self, inode: Inode, entry: int, first: int, count: int) -> None:
         data_offset, header_start, mark = 0, 0, NO_FINGERPRINT
-        mode = inode.mode
-        if stat.S_ISREG(mode):
-            source = self._ztoc.entries[inode.entry]
-            data_offset, header_start = source.offset, self._ztoc.header_starts[inode.entry]
-            mark = fingerprint(source)
+        mode, number = inode.mode, inode.entry
+        if mode >> 12 == _REGULAR:
+            source = self._ztoc.entries[number]
+            data_offset, header_start = source.offset, self._ztoc.header_starts[number]
+            mark = fingerprint(source, self._applied.moments[number])
             self._content_bytes += inode.size
         elif inode.rdev == 0 and stat.S_ISCHR(mode):
             self._flags |= TreeFlags.HAS_WHITEOUTS
-        first_xattr = len(self._xattrs) // 4
+        first_xattr = self._xattr_count
         if inode.xattrs:
             self._add_xattrs(inode.xattrs)
-        self._inode_count += 1
-        layout.NODE.pack_into(
+        _pack_node(
             self._nodes,
-            (inode.number - 1) * layout.NODE.size,
+            (inode.number - 1) * _NODE_SIZE,
             mode,
             inode.links,
             inode.uid,
@@ -220,7 +222,7 @@ class _Writer:
             first,
             count,
             first_xattr,
-            len(self._xattrs) // 4 - first_xattr,
+            self._xattr_count - first_xattr,
         )
 
     def _add_xattrs(self, xattrs: dict[bytes, bytes]) -> None:
@@ -229,6 +231,7 @@ class _Writer:
             self._flags |= TreeFlags.HAS_OPAQUE
         for name, value in sorted(xattrs.items()):
             self._xattrs.extend((self._heap.add(name), len(name), self._heap.add(value), len(value)))
+        self._xattr_count += len(xattrs)
 
     def _hash_table(self) -> array[int]:
         """Return the slots: at least twice as many as entries; who finds no free one stays out."""

@@ -10,7 +10,6 @@ Pure functions; nothing here reads a file.
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
@@ -26,19 +25,20 @@ _NUMBERS: Final = struct.Struct("<q4Qqq5I")
 _MASK_64: Final = (1 << 64) - 1
 _LENGTHS: Final = struct.Struct("<II")
 
-_moment = lru_cache(maxsize=1024)(mod_time_ns)  # most files of a layer have one of few times
+_KIND_NUMBERS: Final = {kind: number for number, kind in enumerate(KINDS)}
 
 
-def fingerprint(entry: FileEntry) -> bytes:
+def fingerprint(entry: FileEntry, moment: int | None = None) -> bytes:
     """Return 16 bytes that stand for what the header of `entry` must say.
 
     Covered are the cleaned name, kind, size, modification time (the moment, not its text, which depends on the time
     zone of the builder), link name, permission bits, owner, device numbers and extended attributes in any order.
+    `moment` is `mod_time_ns` of the entry for whoever knows it already.
     """
     name, kind, _, size, linkname, mode, uid, gid, _, _, mod_time, devmajor, devminor, pax = entry
     attributes = sorted(dict(xattrs(entry)).items()) if pax else ()
     name = clean(name)
-    seconds, nanoseconds = divmod(_moment(mod_time), 1_000_000_000)
+    seconds, nanoseconds = divmod(mod_time_ns(mod_time) if moment is None else moment, 1_000_000_000)
     body = _NUMBERS.pack(
         seconds,
         nanoseconds,
@@ -48,7 +48,7 @@ def fingerprint(entry: FileEntry) -> bytes:
         devmajor,
         devminor,
         mode & 0o7777,
-        KINDS.index(kind),
+        _KIND_NUMBERS[kind],
         len(name),
         len(linkname),
         len(attributes),

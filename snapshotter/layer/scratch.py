@@ -198,6 +198,8 @@ class Scratch:
 
 def clean(path: bytes) -> bytes:
     """Return the shortest path that means the same lexically (Go's filepath.Clean); `b"."` when nothing is left."""
+    if path[:2] == b"./" and path[2:3] not in (b"", b"/"):
+        path = path[2:]  # as most tars have it
     if path and path[0] != 46 and b"//" not in path and b"/." not in path and path[-1] != 47:
         return path  # most are; the check costs a third of taking it apart
     parts = path.split(b"/")

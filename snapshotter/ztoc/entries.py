@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from snapshotter.errors import InvalidZtoc
-from snapshotter.ztoc.flatbuffers import U32_SIZE, Table, vector_range, vtable_position
+from snapshotter.ztoc.flatbuffers import U32_SIZE, Table, vtable_position
 from snapshotter.ztoc.model import KINDS, FileEntry
 
 _FORMATS = "IIqqIqIIIIIqqI"
@@ -32,7 +32,6 @@ Nothing forbids a writer to point many times at one string, but we copy it each 
 bound a small buffer could make us copy terabytes. The reference writer shares nothing (factor 1).
 """
 
-_u32 = struct.Struct("<I").unpack_from
 _i32 = struct.Struct("<i").unpack_from
 
 _Pax = tuple[tuple[bytes, bytes], ...]
@@ -49,7 +48,7 @@ def read_entries(data: bytes, toc: Table) -> list[FileEntry]:
     entries: list[FileEntry] = []
     try:
         _append_entries(data, positions, entries)
-    except struct.error:
+    except (struct.error, IndexError):
         raise InvalidZtoc(f"file {len(entries)}: points outside the buffer") from None
     except KeyError as error:
         raise InvalidZtoc(f"file {len(entries)}: unknown type {error.args[0]!r}") from None
@@ -104,12 +103,14 @@ def _make_pax_plan(table: Table) -> _PaxPlan:
 
 
 def _append_entries(data: bytes, positions: list[int], entries: list[FileEntry]) -> None:
-    """Read one entry per position: the loop that has to be fast, hence the plain locals.
+    """Read one entry per position: the loop that has to be fast, hence the plain locals and the words.
 
-    A read outside the buffer surfaces as struct.error, an unknown type as KeyError.
+    A read outside the buffer surfaces as struct.error or IndexError, an unknown type as KeyError.
     """
-    budget = len(data) * _SHARING
-    new = FileEntry._make
+    size = len(data)
+    budget = size * _SHARING
+    new = tuple.__new__
+    words = _words(data)
     plans: dict[int, _Plan] = {}
     pax_plans: dict[int, _PaxPlan] = {}
     times: dict[bytes, str] = {}
@@ -118,22 +119,28 @@ def _append_entries(data: bytes, positions: list[int], entries: list[FileEntry])
         if plan is None:
             what = f"file {len(entries)}"
             plan = plans[vtable_position(data, table, what)] = _make_plan(Table(data, table, what))
-        (
-            table_size,
-            unpack,
-            references,
-            numbers,
-            (at_name, at_kind, at_link, at_uname, at_gname, at_time, at_pax),
-        ) = plan
+        table_size, unpack, references, numbers, places = plan
         values = (*unpack(data, table), 0)
         to_name, to_kind, to_link, to_uname, to_gname, to_time, to_pax = references(values)
-        offset, size, mode, uid, gid, major, minor = numbers(values)
-        name = _string(data, table + at_name + to_name)
-        kind = _string(data, table + at_kind + to_kind)
-        link = _string(data, table + at_link + to_link)
-        uname = _string(data, table + at_uname + to_uname)
-        gname = _string(data, table + at_gname + to_gname)
-        time = _string(data, table + at_time + to_time)
+        offset, length, mode, uid, gid, major, minor = numbers(values)
+        at_name, at_kind, at_link, at_uname, at_gname, at_time, at_pax = places
+        at_name += table + to_name
+        at_kind += table + to_kind
+        at_link += table + to_link
+        at_uname += table + to_uname
+        at_gname += table + to_gname
+        at_time += table + to_time
+        at_pax += table + to_pax
+        if (at_name | at_kind | at_link | at_uname | at_gname | at_time | at_pax) & 3:
+            raise InvalidZtoc(f"file {len(entries)}: a text is not at a multiple of 4")
+        name = data[at_name : (end_name := at_name + words[(at_name >> 2) - 1])]
+        kind = data[at_kind : (end_kind := at_kind + words[(at_kind >> 2) - 1])]
+        link = data[at_link : (end_link := at_link + words[(at_link >> 2) - 1])]
+        uname = data[at_uname : (end_uname := at_uname + words[(at_uname >> 2) - 1])]
+        gname = data[at_gname : (end_gname := at_gname + words[(at_gname >> 2) - 1])]
+        time = data[at_time : (end_time := at_time + words[(at_time >> 2) - 1])]
+        if max(end_name, end_kind, end_link, end_uname, end_gname, end_time) > size:
+            raise IndexError
         budget -= table_size + len(name) + len(kind) + len(link) + len(uname) + len(gname) + len(time)
         if budget < 0:
             raise InvalidZtoc(f"file {len(entries)}: the texts so far are larger than the buffer")
@@ -141,38 +148,52 @@ def _append_entries(data: bytes, positions: list[int], entries: list[FileEntry])
         if mod_time is None:
             mod_time = times[time] = time.decode("utf-8", "surrogateescape")
         pax: _Pax = ()
-        vector = table + at_pax + to_pax - U32_SIZE
-        if _u32(data, vector)[0]:
-            pax, budget = _read_pax(data, vector, budget, pax_plans, f"file {len(entries)}, PAX records")
-        owner = uid, gid, uname, gname
-        entries.append(
-            new((name, _KINDS[kind], offset, size, link, mode, *owner, mod_time, major, minor, pax))
-        )
+        if count := words[(at_pax >> 2) - 1]:
+            pax, budget = _read_pax(data, words, at_pax, count, budget, pax_plans, len(entries))
+        fields = (name, _KINDS[kind], offset, length, link, mode, uid, gid, uname, gname, mod_time)
+        entries.append(new(FileEntry, (*fields, major, minor, pax)))
 
 
-def _string(data: bytes, start: int) -> bytes:
-    end: int = start + _u32(data, start - U32_SIZE)[0]
-    if end > len(data):
-        raise struct.error
-    return data[start:end]
+def _words(data: bytes) -> memoryview:
+    """Return the whole words of the buffer: an index costs half of an unpacking."""
+    return memoryview(data)[: len(data) & ~3].cast("I")
 
 
 def _read_pax(
-    data: bytes, vector: int, budget: int, plans: dict[int, _PaxPlan], what: str
+    data: bytes,
+    words: memoryview,
+    start: int,
+    count: int,
+    budget: int,
+    plans: dict[int, _PaxPlan],
+    number: int,
 ) -> tuple[_Pax, int]:
-    """Return the PAX records in the vector at `vector`, and what they leave of the budget."""
-    start, end = vector_range(data, vector, U32_SIZE, what)
+    """Return the `count` PAX records in the vector at `start`, of the file `number`, and what they leave of the budget.
+
+    Raises IndexError, struct.error, InvalidZtoc.
+    """
     records = []
-    for at in range(start, end, U32_SIZE):
-        table = at + _u32(data, at)[0]
+    first = start >> 2
+    for index in range(first, first + count):
+        table = (index << 2) + words[index]
         plan = plans.get(table - _i32(data, table)[0])
         if plan is None:
+            what = f"file {number}, PAX records"
             plan = plans[vtable_position(data, table, what)] = _make_pax_plan(Table(data, table, what))
-        size, at_key, at_value = plan
-        key = _string(data, table + at_key + _u32(data, table + at_key - U32_SIZE)[0])
-        value = _string(data, table + at_value + _u32(data, table + at_value - U32_SIZE)[0])
-        budget -= size + len(key) + len(value)
+        size, key, value = plan
+        key += table
+        value += table
+        if (key | value) & 3:
+            raise InvalidZtoc(f"file {number}, PAX records: a reference is not at a multiple of 4")
+        key += words[(key >> 2) - 1]
+        value += words[(value >> 2) - 1]
+        if (key | value) & 3:
+            raise InvalidZtoc(f"file {number}, PAX records: a text is not at a multiple of 4")
+        key_end, value_end = key + words[(key >> 2) - 1], value + words[(value >> 2) - 1]
+        if key_end > len(data) or value_end > len(data):
+            raise IndexError
+        budget -= size + key_end - key + value_end - value
         if budget < 0:
-            raise InvalidZtoc(f"{what}: the texts so far are larger than the buffer")
-        records.append((key, value))
+            raise InvalidZtoc(f"file {number}, PAX records: the texts so far are larger than the buffer")
+        records.append((data[key:key_end], data[value:value_end]))
     return tuple(records), budget

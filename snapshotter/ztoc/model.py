@@ -106,15 +106,15 @@ def header_starts(entries: tuple[FileEntry, ...]) -> tuple[int, ...]:
     start = 0
     for entry in entries:
         starts.append(start)
-        data = entry.size if entry.kind == "reg" else 0
-        start = -(-(entry.offset + data) // TAR_BLOCK) * TAR_BLOCK
+        end = entry.offset + entry.size if entry.kind == "reg" else entry.offset
+        start = -(-end // TAR_BLOCK) * TAR_BLOCK
     return tuple(starts)
 
 
 def xattrs(entry: FileEntry) -> tuple[tuple[bytes, bytes], ...]:
     """Return the extended attributes among the entry's PAX records, prefix removed, in their order."""
     skip = len(XATTR_PREFIX)
-    return tuple((key[skip:], value) for key, value in entry.pax if key.startswith(XATTR_PREFIX))
+    return tuple([(key[skip:], value) for key, value in entry.pax if key.startswith(XATTR_PREFIX)])
 
 
 _RFC3339 = re.compile(
@@ -147,16 +147,25 @@ def civil_from_days(days: int) -> tuple[int, int, int]:
     return year + era * 400 + (month <= 2), month, day
 
 
-@lru_cache(maxsize=4096)
 def mod_time_ns(text: str) -> int:
     """Return RFC 3339 `text` as nanoseconds since 1970-01-01 UTC; 0 for text that does not parse.
 
     Empty text is how the format writes a year outside 0..9999, so "cannot say" is an ordinary value
     here and not an error. A day that its month does not have (31 April) counts as the day after.
     """
+    fraction = text[20:-1]
+    if text[19:20] == "." and text[-1] == "Z" and fraction.isascii() and fraction.isdigit():
+        # Files that were written in the same second differ in the fraction alone.
+        second = _moment_ns(text[:19] + "Z")
+        return 0 if second is None else second + int(fraction[:9].ljust(9, "0"))
+    return _moment_ns(text) or 0
+
+
+@lru_cache(maxsize=4096)
+def _moment_ns(text: str) -> int | None:
     match = _RFC3339.fullmatch(text)
     if match is None:
-        return 0
+        return None
     year, month, day, hour, minute, second, fraction, sign, zone_hour, zone_minute = match.groups()
     seconds = days_from_civil(int(year), int(month), int(day)) * 86_400
     seconds += int(hour) * 3600 + int(minute) * 60 + int(second)
