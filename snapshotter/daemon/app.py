@@ -40,7 +40,7 @@ from snapshotter.daemon import (
     watchdog,
     web,
 )
-from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
+from snapshotter.daemon.artifacts import ArtifactLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config, Settings
 from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
@@ -269,9 +269,11 @@ class App:
         layers = LayerStore(root, tidy=True)
         artifacts = LocalFirst(self._local_store(), client)
         modes = Modes(v1=config.pull_modes.soci_v1.enable, v2=config.pull_modes.soci_v2.enable)
-        limits = CompileLimits(config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec)
+        limits = ArtifactLimits(
+            config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec, config.prefetch.enable
+        )
         pulls = settings_of(config, self._retry(), self._timeouts())
-        unpacker = Unpacker(root, client, limits=pulls.limits, inherited_fds=[lock])
+        unpacker = Unpacker(root, client, limits=pulls.limits, inherited_fds=[lock], programs=pulls.programs)
         return Provider(
             self._provider_settings(),
             root=root,
@@ -381,6 +383,7 @@ class App:
             background=config.fetch.background,
             mount_timeout_s=config.mount_timeout_sec,
             min_layer_size=config.snapshotter.min_layer_size,
+            prepared_at_once=config.max_concurrency,
         )
 
     def _timeouts(self) -> Timeouts:
@@ -405,6 +408,7 @@ class App:
                 "memory_bytes": config.fetch.inflight_max_bytes,
                 "unreachable": config.fetch.unreachable,
                 "background_bytes_per_s": config.fetch.max_background_bytes_per_sec,
+                "background_bytes_per_s_per_image": config.fetch.max_background_bytes_per_sec_per_image,
                 "range_timeout_s": float(config.blob.fetching_timeout_sec),
                 "span_tries": 1 + config.blob.span_refetches,
                 "cache_max_bytes": config.cache.max_bytes,

@@ -30,7 +30,14 @@ from snapshotter import messages
 from snapshotter.daemon.flights import Flights
 from snapshotter.daemon.localcontent import Artifacts
 from snapshotter.daemon.phases import Phase, Phases
-from snapshotter.errors import DigestMismatch, InvalidLayerFile, InvalidZtoc, UnsupportedLayer
+from snapshotter.errors import (
+    DigestMismatch,
+    InvalidLayerFile,
+    InvalidZtoc,
+    SnapshotterError,
+    UnsupportedLayer,
+)
+from snapshotter.fetch import trace
 from snapshotter.fuse.compiling import inherited_memfd
 from snapshotter.fuse.forker import Forker
 from snapshotter.layer.compile import DirAttributes
@@ -41,6 +48,8 @@ from snapshotter.layer.tree import Tree
 from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
+from snapshotter.soci.prefetch import MAX_SIZE as MAX_PREFETCH_SIZE
+from snapshotter.soci.prefetch import parse as parse_prefetch
 from snapshotter.units import Digest, sha256_digest
 
 _log = logging.getLogger(__name__)
@@ -58,11 +67,14 @@ _Inherited = Mapping[bytes, DirAttributes]
 
 
 @dataclass(frozen=True, slots=True)
-class CompileLimits:
-    """What compiling one zTOC may take."""
+class ArtifactLimits:
+    """What making the files of one layer may take."""
 
     memory_max_bytes: int
+    """Of compiling."""
     time_max_s: float
+    prefetch: bool = False
+    """Whether prefetch artifacts are asked for."""
 
 
 class LayerArtifacts:
@@ -73,7 +85,7 @@ class LayerArtifacts:
         store: LayerStore,
         artifacts: Artifacts,
         forker: Forker,
-        limits: CompileLimits,
+        limits: ArtifactLimits,
         nursery: trio.Nursery,
         phases: Phases,
     ) -> None:
@@ -84,12 +96,14 @@ class LayerArtifacts:
         self._limits = limits
         self._flights: Flights[Digest] = Flights(nursery)
 
-    async def ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
-        """Return when zTOC and plain tree of `layer` are there.
+    async def ensure(
+        self, image: Reference, layer: Digest, ztoc: Descriptor, prefetch: Descriptor | None = None
+    ) -> None:
+        """Return when zTOC and plain tree of `layer` are there, and what is to be fetched first is written down.
 
         Raises UnsupportedLayer, InvalidZtoc, DigestMismatch, RegistryError, OSError.
         """
-        compiled_from = await self._flights.join(layer, lambda: self._ensure(image, layer, ztoc))
+        compiled_from = await self._flights.join(layer, lambda: self._ensure(image, layer, ztoc, prefetch))
         if compiled_from != ztoc.digest:  # also when somebody else's flight was joined
             raise UnsupportedLayer(
                 f"layer {layer} is on this host with zTOC {compiled_from}, "
@@ -120,7 +134,9 @@ class LayerArtifacts:
             )
         return variant
 
-    async def _ensure(self, image: Reference, layer: Digest, ztoc: Descriptor) -> Digest:
+    async def _ensure(
+        self, image: Reference, layer: Digest, ztoc: Descriptor, prefetch: Descriptor | None
+    ) -> Digest:
         """Make what is missing; return the digest of the zTOC to which the layer's files belong."""
         compiled_from = await trio.to_thread.run_sync(self._compiled_from, layer, "")
         if compiled_from not in {None, ztoc.digest}:
@@ -136,7 +152,27 @@ class LayerArtifacts:
                 nursery.start_soon(trio.to_thread.run_sync, self._store.write_ztoc, layer, data)
             if compiled_from is None:
                 await self._compile(layer, ztoc.digest, data, variant="", base=False, inherited={})
+        if prefetch is not None and self._limits.prefetch:
+            await self._order(image, layer, prefetch)
         return ztoc.digest
+
+    async def _order(self, image: Reference, layer: Digest, prefetch: Descriptor) -> None:
+        """Write down the spans of a prefetch artifact as those that a reader used first, unless a reader has shown it.
+
+        It is a hint: nothing fails for want of it.
+        """
+        path = self._store.paths(layer).trace
+        try:
+            if path.exists():
+                return
+            ranges = parse_prefetch(await self._artifacts.blob(image, prefetch, max_size=MAX_PREFETCH_SIZE))
+            tree = await trio.to_thread.run_sync(self._open, layer)
+            count = tree.span_count
+            tree.close()
+            spans = (span for one in ranges for span in range(one.first, min(one.last + 1, count)))
+            await trio.to_thread.run_sync(trace.append, path, list(dict.fromkeys(spans)))
+        except (SnapshotterError, OSError) as error:
+            _log.warning("a prefetch artifact is of no use", extra={"layer": layer, "error": str(error)})
 
     async def _fetch(self, image: Reference, layer: Digest, ztoc: Descriptor) -> bytes:
         if ztoc.size > MAX_ZTOC_SIZE:

@@ -76,7 +76,7 @@ class FetcherProcess:
         self._inherited = tuple(inherited_fds)
         self._counters = CounterPage.create("soci-fetcher-counters", NAMES)
         self._events = EventRing.create("soci-events")
-        self._layers: dict[Digest, bool] = {}
+        self._layers: dict[Digest, control.Open] = {}
         self._openings: dict[Digest, _Opening] = {}
         self._outgoing: deque[tuple[control.FromDaemon, socket.socket | None]] = deque()
         """What the socket had no room for, with the descriptor that goes along."""
@@ -136,13 +136,13 @@ class FetcherProcess:
             life.cancel_scope.cancel()
         return reason
 
-    async def open(self, layer: Digest, *, background: bool) -> None:
-        """Have the fetcher serve `layer`; returns when the layer's cache files exist. Raises ProcessFailed."""
-        self._layers[layer] = background
+    async def open(self, layer: Digest, *, background: bool, image: str) -> None:
+        """Have the fetcher serve `layer` of `image`; returns when the layer's cache files exist. Raises ProcessFailed."""
+        message = self._layers[layer] = control.Open(layer, background, image)
         opening = self._openings.get(layer)
         if opening is None or (opening.answered.is_set() and opening.error):
             opening = self._openings[layer] = _Opening()
-        self._tell(control.Open(layer, background))
+        self._tell(message)
         await opening.answered.wait()
         if opening.error:
             raise ProcessFailed(f"fetcher cannot use the files of layer {layer}: {opening.error}")
@@ -187,8 +187,8 @@ class FetcherProcess:
                 raise
         near.setblocking(False)
         self._socket = near
-        for layer, background in self._layers.items():
-            self._tell(control.Open(layer, background))
+        for message in self._layers.values():
+            self._tell(message)
         return near
 
     def _tell(self, message: control.FromDaemon, companion: socket.socket | None = None) -> None:

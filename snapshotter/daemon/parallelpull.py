@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +26,11 @@ from snapshotter.containerd.labels import source_label
 from snapshotter.daemon.asked import Asked
 from snapshotter.daemon.blobs import BlobSite, Documents, KeptBlobs, discarding
 from snapshotter.daemon.config import Config
+from snapshotter.daemon.config.sources import DecompressorConfig
 from snapshotter.daemon.discovery import image_manifest
 from snapshotter.daemon.unpacking import PackedLayer, Unpacker
 from snapshotter.download.downloads import Downloads, Limits
-from snapshotter.errors import InvalidIndex, ProcessFailed, SnapshotterError, Unavailable
+from snapshotter.errors import ConfigError, InvalidIndex, ProcessFailed, SnapshotterError, Unavailable
 from snapshotter.heap import trim_heap
 from snapshotter.layer.inherit import Parent
 from snapshotter.nursery import open_nursery
@@ -77,10 +78,12 @@ class ParallelSettings:
     """Ranges in the whole daemon."""
     unpacks: int | None
     unpacks_per_image: int | None
+    programs: Mapping[str, Sequence[str]]
+    """Commands that decompress layers, by compression."""
 
 
 def settings_of(config: Config, retry: RetryPolicy, timeouts: Timeouts) -> ParallelSettings:
-    """Return what the configuration says of parallel pulls."""
+    """Return what the configuration says of parallel pulls. Raises ConfigError for a program that is none."""
     parallel_pull_unpack = config.pull_modes.parallel_pull_unpack
     connections = parallel_pull_unpack.max_concurrent_downloads_per_image
     size = parallel_pull_unpack.download_chunk_bytes or _RANGE
@@ -98,7 +101,19 @@ def settings_of(config: Config, retry: RetryPolicy, timeouts: Timeouts) -> Paral
         downloads=_at_most(parallel_pull_unpack.max_concurrent_downloads),
         unpacks=_at_most(parallel_pull_unpack.max_concurrent_unpacks),
         unpacks_per_image=_at_most(parallel_pull_unpack.max_concurrent_unpacks_per_image),
+        programs={
+            compression: _command(compression, program)
+            for compression, program in parallel_pull_unpack.decompress_streams.items()
+        },
     )
+
+
+def _command(compression: str, program: DecompressorConfig) -> Sequence[str]:
+    path = Path(program.path)
+    if not path.is_file() or not os.access(path, os.X_OK):
+        table = f"[pull_modes.parallel_pull_unpack.decompress_streams.{compression}]"
+        raise ConfigError(f"{table} path: {program.path!r} is not a program")
+    return [program.path, *program.args]
 
 
 def _at_most(number: int) -> int | None:

@@ -57,7 +57,7 @@ from snapshotter.units import Digest
 _log = logging.getLogger(__name__)
 
 _PREPARED_AT_ONCE = 8
-"""Layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
+"""The most layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
 
 _RESTORE_PATIENCE_S = 20.0
 """How long a start waits for the fetcher; it is not needed for layers that are there already, and comes later then."""
@@ -78,6 +78,7 @@ class ProviderSettings:
     background: bool
     mount_timeout_s: float
     min_layer_size: int
+    prepared_at_once: int
 
 
 class Provider:
@@ -123,7 +124,8 @@ class Provider:
         self._calls: set[trio.CancelScope] = set()
         self._ending = False
         self._prepared: set[Digest] = set()
-        self._ahead = trio.CapacityLimiter(_PREPARED_AT_ONCE)
+        at_once = settings.prepared_at_once if settings.prepared_at_once > 0 else _PREPARED_AT_ONCE
+        self._ahead = trio.CapacityLimiter(min(at_once, _PREPARED_AT_ONCE))
         self._recorded: dict[int, Digest] = {}
         """Layers by the snapshots whose mount they are, or would be if it could have been restored."""
         self.fallbacks: dict[str, int] = {}
@@ -170,6 +172,7 @@ class Provider:
     async def restore(self) -> None:
         """Take every mount that the store knows back into service, and remove the layers of others; needs no network."""
         specs = []
+        images: dict[Digest, str] = {}
         for mount in await trio.to_thread.run_sync(self._store.lazy_mounts):
             try:
                 self._sources.learn(mount.layer, Reference.parse(mount.image_ref))
@@ -179,14 +182,15 @@ class Provider:
                 )
             self._recorded[mount.snapshot_id] = mount.layer
             self._uses[mount.layer] = self._uses.get(mount.layer, 0) + 1
+            images.setdefault(mount.layer, mount.manifest_digest)
             specs.append(self._spec(mount.snapshot_id, mount.layer, mount.tree_variant))
         for layer in set(await trio.to_thread.run_sync(self._layers.layers)) - self._uses.keys():
             await self._remove(layer)
         await self._tidy_images()
         with trio.move_on_after(_RESTORE_PATIENCE_S) as patience:
             async with trio.open_nursery() as nursery:
-                for layer in self._uses:
-                    nursery.start_soon(self._open_again, layer)
+                for layer, image in images.items():
+                    nursery.start_soon(self._open_again, layer, image)
         if patience.cancelled_caught:
             _log.error("no fetcher yet: layers are served as far as they are there")
         await self._keeper.restore(specs)
@@ -200,9 +204,9 @@ class Provider:
         except OSError as error:
             _log.warning("what is known of unused images stays", extra={"error": str(error)})
 
-    async def _open_again(self, layer: Digest) -> None:
+    async def _open_again(self, layer: Digest, image: str) -> None:
         try:
-            await self._fetcher.open(layer, background=self.settings.background)
+            await self._fetcher.open(layer, background=self.settings.background, image=image)
         except ProcessFailed as error:
             _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
 
@@ -272,12 +276,14 @@ class Provider:
         layer = asked.layer
         with self._phases.timed(Phase.PROVIDE, asked.layer), trio.fail_after(self.settings.mount_timeout_s):
             async with self._locks.hold(layer):
-                await self._artifacts.ensure(asked.image, layer, ztoc)
+                await self._artifacts.ensure(asked.image, layer, ztoc, found.index.prefetch_for(layer))
                 variant = await self._artifacts.variant_for(layer, self._parents(request.parent_ids))
                 self._uses[layer] = self._uses.get(layer, 0) + 1
                 try:
                     self._sources.learn(layer, asked.image)
-                    await self._fetcher.open(layer, background=self.settings.background)
+                    await self._fetcher.open(
+                        layer, background=self.settings.background, image=str(asked.image.digest)
+                    )
                     await self._mount(request, asked, variant)
                 except BaseException:
                     self._nursery.start_soon(self._drop_use, layer)
@@ -336,12 +342,12 @@ class Provider:
         for entry in found.index.ztocs:
             if entry.layer not in self._prepared:
                 self._prepared.add(entry.layer)
-                self._nursery.start_soon(self._prepare_layer, image, entry.layer, entry.descriptor())
+                self._nursery.start_soon(self._prepare_layer, image, found, entry.layer, entry.descriptor())
 
-    async def _prepare_layer(self, image: Reference, layer: Digest, ztoc: Descriptor) -> None:
+    async def _prepare_layer(self, image: Reference, found: Found, layer: Digest, ztoc: Descriptor) -> None:
         try:
             async with self._ahead, self._locks.hold(layer):
-                await self._artifacts.ensure(image, layer, ztoc)
+                await self._artifacts.ensure(image, layer, ztoc, found.index.prefetch_for(layer))
             self._sources.learn(layer, image)
             self._fetcher.offer(layer, await self._sources.find(layer, renew=False))
         except Exception as error:  # noqa: BLE001 - a head start only; what is wrong is said when it is needed

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,10 @@ class Unpacker:
         *,
         limits: Limits = DEFAULT_LIMITS,
         inherited_fds: Sequence[int] = (),
+        programs: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self._programs = programs or {}
+        """Commands that decompress, in our place, by compression."""
         self._inherited = tuple(inherited_fds)
         """Files that tell the next daemon which processes of this one are left (`generation.py`)."""
         self.scratch = root / "scratch"
@@ -130,6 +133,8 @@ class Unpacker:
                     "--lifeline", str(lifeline), "--target", str(target), "--compression", layer.compression,
                     "--diff-id", layer.diff_id, *(["--base"] if layer.is_base else []),
                 ]  # fmt: skip
+                if program := self._programs.get(layer.compression):
+                    command += ["--program", json.dumps(program)]
                 return await self._run(command, fds, parents, begin)
         except SnapshotterError as error:
             raise type(error)(f"layer {layer.descriptor.digest}: {error}") from error

@@ -2,7 +2,8 @@
 
 One message is one packet of `snapshotter/messages.py`; `attach` carries one descriptor. Ops of the daemon:
 
-    open     the layer is mounted and its zTOC and tree are there; `background` says whether to complete it
+    open     the layer is mounted and its zTOC and tree are there; `background` says whether to complete it, `image`
+             for which image that counts
     attach   a layer server's socket (`layer/wire.py`), as the descriptor
     close    the layer is not mounted any more
     source   where the blob is; or why that could not be found out, and whether that may pass
@@ -41,6 +42,8 @@ class Open:
 
     layer: Digest
     background: bool
+    image: str = ""
+    """The image with which the layer came, by any name: what is fetched in the background counts for that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +145,8 @@ def _op(message: Message) -> str:
 
 def _fields(message: Message) -> Mapping[str, Any]:
     match message:
-        case Open(_, background):
-            return {"background": background}
+        case Open(_, background, image):
+            return {"background": background} | ({"image": image} if image else {})
         case Source(_, source):
             return {"source": source.to_json()}
         case NoSource(_, error, temporary):
@@ -162,7 +165,7 @@ def _message(fields: Mapping[str, Any]) -> Message:
     layer = parse_digest(str(fields.get("layer")))
     match fields:
         case {"op": "open", "background": bool(background)}:
-            return Open(layer, background)
+            return Open(layer, background, str(fields.get("image", "")))
         case {"op": "attach"}:
             return Attach(layer)
         case {"op": "close"}:

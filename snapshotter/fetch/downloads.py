@@ -29,6 +29,7 @@ from snapshotter.fetch.layerstate import ActiveLayer
 from snapshotter.fetch.link import BESIDE_SECONDS
 from snapshotter.fetch.memory import Buffers
 from snapshotter.fetch.options import EIO
+from snapshotter.fetch.pace import Pace
 from snapshotter.fetch.pipeline import Outcome
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.recovery import Recovery
@@ -57,6 +58,9 @@ _KIND_OF = {
     Priority.AHEAD: Kind.AHEAD,
     Priority.BACKGROUND: Kind.BACKGROUND,
 }
+
+HOST = ""
+"""The name of the whole host among those that have a cap."""
 
 IDLE_SECONDS = 5.0
 """Time without a transfer after which memory is given back; a program that starts does not pause so long."""
@@ -94,8 +98,8 @@ class Downloads:
         self._idle_since = 0.0
         self._refusing = False
         self._quiet_timer = 0.0
-        self._background_at = 0.0
-        """When the next background range may start, by the cap on their rate."""
+        self._paces = (Pace(options.background_bytes_per_s), Pace(options.background_bytes_per_s_per_image))
+        """Caps on the background: of the host, and of each image."""
 
     def pump(self) -> None:
         """Start every transfer that there is room for. Cheap when there is nothing to do."""
@@ -165,7 +169,7 @@ class Downloads:
         limit = self._room(self._context.options.memory_bytes // 2)
         allowance = self._context.link.background(now, reader_bytes=self._reader_bytes())
         busy = sum(one.background and not one.ended for one in self._transfers)
-        if now < self._background_at:
+        if not self._paces[0].allows(HOST, now):
             return False
         if limit is None or busy >= allowance.ranges:
             self._pump_when_quiet(now)
@@ -176,15 +180,12 @@ class Downloads:
         batch = self._context.schedule.take(Priority.BACKGROUND, size, self._may_background)
         if batch is None:
             return False
-        self._spread(now, self._start(batch))
+        size, image = self._start(batch), self._context.layers[Digest(batch.layer)].image
+        for pace, name in zip(self._paces, (HOST, image), strict=True):
+            free_at = pace.spend(name, size, now)
+            if free_at is not None:
+                self._context.timers.at(free_at, self.pump)
         return True
-
-    def _spread(self, now: float, size: int) -> None:
-        """After a background range of `size` bytes, wait as long as the cap on their rate asks for."""
-        rate = self._context.options.background_bytes_per_s
-        if rate:
-            self._background_at = max(self._background_at, now) + size / rate
-            self._context.timers.at(self._background_at, self.pump)
 
     def _room(self, budget: int) -> int | None:
         """Return how large the next range may be, None when `budget` is used up."""
@@ -204,7 +205,8 @@ class Downloads:
 
     def _may_background(self, digest: str) -> bool:
         layer = self._context.layers[Digest(digest)]
-        if layer.rest_until > trio.current_time():
+        now = trio.current_time()
+        if layer.rest_until > now or not self._paces[1].allows(layer.image, now):
             return False
         source = self._sources.usable(layer)
         return source is not None and self._hosts.allows(source.host)

@@ -52,12 +52,13 @@ class Fetcher:
         self._turn: dict[Digest, trio.Lock] = {}
         """Of layers that are being opened."""
 
-    async def open(self, digest: Digest, *, background: bool) -> None:
-        """Open a layer, or say that an open one is to become complete.
+    async def open(self, digest: Digest, *, background: bool, image: str = "") -> None:
+        """Open a layer, or say that an open one is to become complete, as a part of `image`.
 
         Raises SnapshotterError or OSError when its files cannot be used.
         """
         layer = await self._layer(digest)
+        layer.image = layer.image or image
         if background and not layer.background:
             layer.background = True
             self._context.link.active(

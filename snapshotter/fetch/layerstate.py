@@ -137,6 +137,8 @@ class ActiveLayer:
     files: LayerFiles
     background: bool = False
     """Whether it is to become complete."""
+    image: str = ""
+    """The first image that it came with."""
     flights: FlightTable[Reader] = field(default_factory=FlightTable)
     readers: set[Reader] = field(default_factory=set)
     source: SourceState = field(default_factory=SourceState)

@@ -11,7 +11,14 @@ from snapshotter.errors import ConfigError
 MIB = 1 << 20
 
 _MAY_BE_ZERO = frozenset(
-    {"workers", "source_renewals", "background_bytes_per_s", "cache_max_bytes", "cache_min_free_bytes"}
+    {
+        "workers",
+        "source_renewals",
+        "background_bytes_per_s",
+        "background_bytes_per_s_per_image",
+        "cache_max_bytes",
+        "cache_min_free_bytes",
+    }
 )
 
 
@@ -31,6 +38,8 @@ class Options:
     """The most background requests at once; how many there really are depends on what the link gives."""
     background_bytes_per_s: int = 0
     """Cap on what is fetched in the background; 0: what the link gives."""
+    background_bytes_per_s_per_image: int = 0
+    """The same for each image by itself."""
     range_max_bytes: int = 8 * MIB
     """The most that one range request asks for, unless a single span is larger."""
     memory_bytes: int = 64 * MIB

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections import deque
-from functools import partial
 
 import trio
 
@@ -85,8 +84,8 @@ class Service:
         self, fetcher: Fetcher, nursery: trio.Nursery, message: control.Message, fds: list[int]
     ) -> None:
         match message:
-            case control.Open(layer, background):
-                nursery.start_soon(partial(self._open, fetcher, layer, background=background))
+            case control.Open():
+                nursery.start_soon(self._open, fetcher, message)
             case control.Attach(layer):
                 server = socket.socket(fileno=fds[0])
                 nursery.start_soon(self._serve, fetcher, layer, server)
@@ -97,9 +96,10 @@ class Service:
             case _:
                 log.error("control message of the wrong side", extra={"kind": type(message).__name__})
 
-    async def _open(self, fetcher: Fetcher, layer: Digest, *, background: bool) -> None:
+    async def _open(self, fetcher: Fetcher, message: control.Open) -> None:
+        layer = message.layer
         try:
-            await fetcher.open(layer, background=background)
+            await fetcher.open(layer, background=message.background, image=message.image)
         except (SnapshotterError, OSError) as error:
             log.error("layer cannot be opened", extra={"layer": layer, "reason": str(error)})
             self._tell(control.Opened(layer, str(error)))

@@ -1,8 +1,9 @@
 """Unpacking one layer as ordinary files, in a process of its own: for layers that no zTOC describes.
 
     python -m snapshotter.layer.unpack --blob FD --tar FD --lifeline FD --target DIR --compression C --diff-id D [--base]
+                                       [--program JSON]
 
-Decompresses the blob into the (temporary, empty) tar file, checks the diffID meanwhile, and writes the files with the
+Decompresses the blob into the (temporary, empty) tar file, by a `program` (an array of texts) if it is given one, checks the diffID meanwhile, and writes the files with the
 same rules that lazy layers follow (`layer/apply.py`), so that lazy and unpacked layers of one image fit
 together. It begins when it is given an empty line on stdin, so that it can be started before. Prints one line of JSON: {"size": bytes, "inodes": n}, or {"error": class, "message": text}.
 
@@ -26,9 +27,10 @@ import contextlib
 import ctypes
 import json
 import os
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from snapshotter.errors import DigestMismatch, ProcessFailed, SnapshotterError
@@ -52,13 +54,15 @@ def unpack(
     compression: str,
     diff_id: Digest,
     parents: Callable[[], list[Parent]] | None,
+    program: Sequence[str] = (),
 ) -> LayerUsage:
     """Unpack the layer in the file `blob` below `target`; `tar` is scratch space. Everything is on disk then.
 
     `parents` is called when they matter; None stands for the bottom layer. Raises DigestMismatch, InvalidTar,
-    UnsupportedLayer, OSError.
+    UnsupportedLayer, ProcessFailed (of `program`), OSError.
     """
-    ztoc, found = read_tar(_copied(decompress_stream(_chunks(blob), compression), tar))
+    stream = _output(program, blob) if program else decompress_stream(_chunks(blob), compression)
+    ztoc, found = read_tar(_copied(stream, tar))
     if found != diff_id:
         raise DigestMismatch(f"layer unpacks to {found}; the image's config says {diff_id}")
     base = parents is None
@@ -83,6 +87,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--compression", required=True)
     parser.add_argument("--diff-id", type=parse_digest, required=True)
     parser.add_argument("--base", action="store_true")
+    parser.add_argument("--program", type=json.loads, default=())
     told = parser.parse_args(argv)
     threading.Thread(target=_end_with_parent, args=(told.lifeline,), daemon=True).start()
     sys.stdin.readline()
@@ -95,6 +100,7 @@ def main(argv: list[str]) -> int:
             compression=told.compression,
             diff_id=told.diff_id,
             parents=None if told.base else _ask_for_parents,
+            program=told.program,
         )
     except SnapshotterError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -129,6 +135,20 @@ def _chunks(fd: int) -> Iterator[bytes]:
     while chunk := os.pread(fd, _CHUNK, offset):
         offset += len(chunk)
         yield chunk
+
+
+def _output(program: Sequence[str], blob: int) -> Iterator[bytes]:
+    """Yield what `program` makes of the blob. Raises ProcessFailed when it fails, OSError when there is none."""
+    os.lseek(blob, 0, os.SEEK_SET)  # it reads from where we are
+    with subprocess.Popen(program, stdin=blob, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            while chunk := process.stdout.read(_CHUNK):
+                yield chunk
+        finally:
+            process.stdout.close()  # what it has still to say is for nobody: then it ends
+    if process.returncode:
+        raise ProcessFailed(f"{program[0]} ended with status {process.returncode}")
 
 
 def _copied(chunks: Iterator[bytes], fd: int) -> Iterator[bytes]:

@@ -118,6 +118,10 @@ class SociIndex:
                 return entry.descriptor()
         return None
 
+    def prefetch_for(self, layer: Digest) -> Descriptor | None:
+        """Return the descriptor of the layer's prefetch artifact, or None when it has none."""
+        return dict(self.prefetch).get(layer)
+
 
 def build(
     version: IndexVersion,

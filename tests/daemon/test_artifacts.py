@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.lowlevel
 
-from snapshotter.daemon.artifacts import MAX_ZTOC_SIZE, CompileLimits, LayerArtifacts
+from snapshotter.daemon.artifacts import MAX_ZTOC_SIZE, ArtifactLimits, LayerArtifacts
 from snapshotter.daemon.phases import Phases
 from snapshotter.errors import (
     BlobNotFound,
@@ -22,12 +22,14 @@ from snapshotter.errors import (
     RegistryUnavailable,
     UnsupportedLayer,
 )
+from snapshotter.fetch import trace
 from snapshotter.layer.inherit import Parent
 from snapshotter.layer.layout import ROOT_INO
 from snapshotter.layer.store import LayerStore
 from snapshotter.layer.tree import Tree
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
+from snapshotter.soci.prefetch import Prefetch, SpanRange, write
 from tests.conftest import ExpectedLogs
 from tests.support.background import background
 from tests.support.forking import forking
@@ -37,7 +39,7 @@ from tests.support.lazylayer import make_tar
 from tests.support.registry import FlipByte, Registry, Status, Truncate
 from tests.support.registry_clients import client_for
 
-LIMITS = CompileLimits(1 << 30, 30.0)
+LIMITS = ArtifactLimits(1 << 30, 30.0)
 PLAIN = make_indexed_layer(make_tar({"a": b"A" * 1000}))
 pytestmark = pytest.mark.usefixtures("root")
 
@@ -51,10 +53,12 @@ class Rig:
     artifacts: LayerArtifacts
     image: Reference
 
-    async def ensure(self, layer: Layer, ztoc: Descriptor | None = None) -> None:
+    async def ensure(
+        self, layer: Layer, ztoc: Descriptor | None = None, prefetch: Descriptor | None = None
+    ) -> None:
         """Have the layer's files made; its zTOC is in the registry."""
         self.registry.add_blob(layer.ztoc)
-        await self.artifacts.ensure(self.image, layer.digest, ztoc or layer.descriptor())
+        await self.artifacts.ensure(self.image, layer.digest, ztoc or layer.descriptor(), prefetch)
 
     def tree(self, layer: Layer, variant: str = "") -> Tree:
         """Open a tree."""
@@ -78,7 +82,7 @@ def registry() -> Iterator[Registry]:
 
 
 def with_rig(
-    root: Path, registry: Registry, test: Callable[[Rig], Awaitable[None]], limits: CompileLimits = LIMITS
+    root: Path, registry: Registry, test: Callable[[Rig], Awaitable[None]], limits: ArtifactLimits = LIMITS
 ) -> None:
     async def main() -> None:
         async with client_for(registry) as client, forking(root) as forker, background() as nursery:
@@ -87,6 +91,56 @@ def with_rig(
             await test(Rig(registry, store, artifacts, registry.reference("app", "v1")))
 
     trio.run(main)
+
+
+# --- what is fetched first
+
+FIRST = Prefetch(PLAIN.digest, write([SpanRange(0, 0), SpanRange(0, 1 << 40)]))
+
+
+def test_a_prefetch_artifact_is_the_order_of_a_layer_that_nobody_has_read(
+    workdir: Path, registry: Registry
+) -> None:
+    async def test(rig: Rig) -> None:
+        registry.add_blob(FIRST.data)
+        await rig.ensure(PLAIN, prefetch=FIRST.descriptor)
+        path = rig.store.paths(PLAIN.digest).trace
+        assert trace.load(path, 10) == [0], "a span that the layer does not have is none"
+        await rig.ensure(PLAIN, prefetch=FIRST.descriptor)
+        assert registry.count(path=f"/blobs/{FIRST.descriptor.digest}") == 1
+
+    with_rig(workdir, registry, test, replace(LIMITS, prefetch=True))
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["switched off", "seen better"])
+def test_a_prefetch_artifact_that_is_not_wanted_is_not_fetched(
+    workdir: Path, registry: Registry, enabled: bool
+) -> None:
+    async def test(rig: Rig) -> None:
+        if enabled:
+            await rig.ensure(PLAIN)
+            trace.append(rig.store.paths(PLAIN.digest).trace, [0])
+        await rig.ensure(PLAIN, prefetch=FIRST.descriptor)
+        assert registry.count(path=f"/blobs/{FIRST.descriptor.digest}") == 0
+        assert rig.store.paths(PLAIN.digest).trace.exists() == enabled
+
+    with_rig(workdir, registry, test, replace(LIMITS, prefetch=enabled))
+
+
+@pytest.mark.parametrize("data", [None, b"{}"], ids=["absent", "garbage"])
+def test_a_prefetch_artifact_that_is_of_no_use_is_a_line_in_the_log(
+    workdir: Path, registry: Registry, expected_logs: ExpectedLogs, data: bytes | None
+) -> None:
+    expected_logs.allow("a prefetch artifact is of no use")
+    descriptor = octets(data or b"absent")
+
+    async def test(rig: Rig) -> None:
+        if data:
+            registry.add_blob(data)
+        await rig.ensure(PLAIN, prefetch=descriptor)
+        assert not rig.store.paths(PLAIN.digest).trace.exists()
+
+    with_rig(workdir, registry, test, replace(LIMITS, prefetch=True))
 
 
 # --- the plain case
@@ -188,7 +242,7 @@ def test_hostile_ztocs_hit_the_limits(workdir: Path, registry: Registry) -> None
         assert rig.temporaries(bomb) == []
         await rig.ensure(PLAIN)
 
-    with_rig(workdir, registry, test, CompileLimits(1 << 30, 0.4))
+    with_rig(workdir, registry, test, ArtifactLimits(1 << 30, 0.4))
 
 
 def test_a_zygote_that_is_away_is_no_fault_of_the_layer(

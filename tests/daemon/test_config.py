@@ -211,12 +211,6 @@ class TestWarnings:
             "[fuse] attr_timeout (line 3), [blob] valid_interval (line 6)"
         )
 
-    def test_a_feature_that_is_not_there_yet(self, file: Path) -> None:
-        text = "[prefetch]\nenable = false\n[fuse]\nlog_fuse_operations = true"
-        assert loaded(file, text).warnings == (
-            f"{file}: not available in this version, so without effect: [fuse] log_fuse_operations",
-        )
-
     def test_a_file_of_values_with_meaning_has_none(self, file: Path) -> None:
         assert loaded(file, dump(Config())).warnings == ()
 

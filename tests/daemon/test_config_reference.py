@@ -8,7 +8,7 @@ import pytest
 
 from snapshotter.daemon.config import Config, dump, load
 from snapshotter.daemon.config.reading import all_keys
-from snapshotter.daemon.config.reference import NOT_YET, RENAMED, WITHOUT_EFFECT
+from snapshotter.daemon.config.reference import RENAMED, WITHOUT_EFFECT
 
 # Table by table: keys and defaults of version 0.15, as its `config default` prints them.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -130,11 +130,8 @@ def test_no_key_is_said_to_be_the_references_that_is_not() -> None:
 
 
 def test_the_lots_do_not_overlap() -> None:
-    ours = {key for key in all_keys() if key not in WITHOUT_EFFECT and key not in RENAMED}
     assert len(list(all_keys())) == len(set(all_keys()))
     assert not set(WITHOUT_EFFECT) & set(RENAMED)
-    for later in NOT_YET:
-        assert any(key[: len(later)] == later for key in ours)
 
 
 def test_its_default_file_means_our_defaults(file: Path) -> None:
@@ -170,21 +167,8 @@ def test_a_key_without_effect_has_none(file: Path, key: tuple[str, ...]) -> None
     assert f"{key[-1]} (line 1)" in loaded.warnings[0]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[fuse]\nlog_fuse_operations = true",
-        "[prefetch]\nenable = true",
-        "[pull_modes.parallel_pull_unpack.decompress_streams.gzip]\npath = '/bin/x'",
-    ],
-)
-def test_asking_for_what_is_still_to_come_is_a_warning(file: Path, text: str) -> None:
-    file.write_text(text)
-    (warning,) = load(file).warnings
-    assert "not available in this version" in warning
-
-
 def test_a_dump_holds_no_key_without_effect() -> None:
     written = {line.split(" = ")[0] for line in dump(Config()).splitlines()}
-    dropped = {key[-1] for key in (*WITHOUT_EFFECT, *RENAMED)} - {"type"}
+    without = {*WITHOUT_EFFECT, *RENAMED}
+    dropped = {key[-1] for key in without} - {key[-1] for key in all_keys() if key not in without}
     assert not written & dropped

@@ -149,7 +149,7 @@ def unknown(number: int) -> Digest:
 
 def test_a_server_gets_what_it_asks_for(workdir: Path, registry: Registry, layer: LazyLayer) -> None:
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         server = Server(rig.fetcher.connect(layer.digest))
         assert await server.want(2) == wire.Ready(2, 3)
         assert right(layer)
@@ -162,7 +162,7 @@ def test_a_server_gets_what_it_asks_for(workdir: Path, registry: Registry, layer
 
 def test_the_background_completes_a_layer(workdir: Path, registry: Registry, layer: LazyLayer) -> None:
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=True)
+        await rig.fetcher.open(layer.digest, background=True, image="")
         while not rig.completed:
             await trio.sleep(0.01)
         assert rig.completed == [(layer.digest, True)]
@@ -172,7 +172,7 @@ def test_the_background_completes_a_layer(workdir: Path, registry: Registry, lay
 
 def test_what_was_offered_is_not_asked_for(workdir: Path, registry: Registry, layer: LazyLayer) -> None:
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         rig.fetcher.offer(layer.digest, rig.place(layer.digest))
         server = Server(rig.fetcher.connect(layer.digest))
         await server.want(0)
@@ -187,7 +187,7 @@ def test_a_source_that_cannot_be_found_is_asked_for_again_if_that_may_help(
 ) -> None:
     async def test(rig: Rig) -> None:
         rig.failures += [RegistryUnavailable("later"), RegistryRefused("never")]
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         server = Server(rig.fetcher.connect(layer.digest))
         assert isinstance(await server.want(0), wire.Failed)  # after the second, which is final
         assert len(rig.questions) == 2
@@ -202,7 +202,7 @@ def test_a_layer_that_is_not_open_has_no_socket(workdir: Path, registry: Registr
         assert rig.fetcher.connect(layer.digest) is None  # no fetcher either, yet
         await rig.restarted(1)
         assert rig.fetcher.connect(layer.digest) is None
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         rig.fetcher.close(layer.digest)
         assert rig.fetcher.connect(layer.digest) is None
 
@@ -221,9 +221,9 @@ def test_files_that_cannot_be_used_are_named_and_tried_again(
     async def test(rig: Rig) -> None:
         for _ in range(2):
             with pytest.raises(ProcessFailed, match=layer.digest):
-                await rig.fetcher.open(layer.digest, background=False)
+                await rig.fetcher.open(layer.digest, background=False, image="")
         layer.paths.tree.write_bytes(whole)
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
 
     with_fetcher(workdir, registry, test)
 
@@ -239,7 +239,7 @@ def test_who_waits_for_a_layer_that_is_closed_is_told(
 
         async def wait() -> None:
             with pytest.raises(ProcessFailed, match="closed"):
-                await rig.fetcher.open(layer.digest, background=False)
+                await rig.fetcher.open(layer.digest, background=False, image="")
             failures.append(1)
 
         async with trio.open_nursery() as nursery:
@@ -260,7 +260,7 @@ def test_another_fetcher_is_told_everything_anew(
     expected_logs.allow("fetcher ended")
 
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         first = Server(rig.fetcher.connect(layer.digest))
         await first.want(0)
         counted = rig.fetcher.counters()["spans_inflated"]
@@ -286,7 +286,7 @@ def test_a_death_while_a_layer_is_opened_is_not_noticed(
         assert rig.fetcher.pid is not None
         os.kill(rig.fetcher.pid, signal.SIGSTOP)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(lambda: rig.fetcher.open(layer.digest, background=False))
+            nursery.start_soon(lambda: rig.fetcher.open(layer.digest, background=False, image=""))
             await trio.testing.wait_all_tasks_blocked()
             rig.kill()
 
@@ -297,7 +297,7 @@ def test_nothing_is_lost_when_the_socket_is_full(workdir: Path, registry: Regist
     """A host that starts opens hundreds of layers and wakes hundreds of servers before the fetcher looks."""
 
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         before = len(os.listdir("/proc/self/fd"))
         assert rig.fetcher.pid is not None
         os.kill(rig.fetcher.pid, signal.SIGSTOP)
@@ -305,7 +305,7 @@ def test_nothing_is_lost_when_the_socket_is_full(workdir: Path, registry: Regist
 
         async def open_unknown(number: int) -> None:
             with pytest.raises(ProcessFailed):
-                await rig.fetcher.open(unknown(number), background=False)
+                await rig.fetcher.open(unknown(number), background=False, image="")
             refused.append(number)
 
         async with trio.open_nursery() as nursery:
@@ -331,7 +331,7 @@ def test_what_was_kept_for_a_dead_fetcher_is_dropped(
     expected_logs.allow("fetcher ended")
 
     async def test(rig: Rig) -> None:
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         before = len(os.listdir("/proc/self/fd"))
         assert rig.fetcher.pid is not None
         os.kill(rig.fetcher.pid, signal.SIGSTOP)
@@ -340,7 +340,7 @@ def test_what_was_kept_for_a_dead_fetcher_is_dropped(
         await rig.restarted(2)
         for server in servers:
             server.close()
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
         assert len(os.listdir("/proc/self/fd")) == before
 
     with_fetcher(workdir, registry, test)
@@ -367,7 +367,7 @@ def test_a_fetcher_that_talks_nonsense_is_replaced(
     async def test(rig: Rig) -> None:
         await rig.restarted(2)
         monkeypatch.undo()
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
 
     with_fetcher(workdir, registry, test)
 
@@ -392,12 +392,12 @@ def test_a_fetcher_that_cannot_live_is_started_with_pauses(
 
     async def test(rig: Rig) -> None:
         with trio.move_on_after(0.7) as scope:
-            await rig.fetcher.open(layer.digest, background=False)
+            await rig.fetcher.open(layer.digest, background=False, image="")
         assert scope.cancelled_caught
         assert 3 <= len(starts) <= 6
         monkeypatch.undo()
         # What was asked for is known to the first that lives.
-        await rig.fetcher.open(layer.digest, background=False)
+        await rig.fetcher.open(layer.digest, background=False, image="")
 
     with_fetcher(workdir, registry, test)
 

@@ -14,8 +14,10 @@ import trio
 
 from snapshotter.daemon import parallelpull
 from snapshotter.daemon.config import Config
+from snapshotter.daemon.config.sources import DecompressorConfig
 from snapshotter.daemon.parallelpull import settings_of
 from snapshotter.download.downloads import Limits
+from snapshotter.errors import ConfigError
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy
 from snapshotter.snapshot.layers import Deferred, Local
 from snapshotter.units import sha256_digest
@@ -198,3 +200,15 @@ def test_limits_are_bounded(text: int, connections: int, size: int) -> None:
     settings = settings_of(config, DEFAULT_RETRY, DEFAULT_TIMEOUTS)
     assert (settings.limits.connections, settings.limits.range_size) == (connections, size)
     assert (settings.downloads, settings.unpacks) == (None, 1)
+
+
+def test_a_program_that_is_none_is_named_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no program")
+    for path in (tmp_path / "absent", tmp_path / "text", tmp_path):
+        modes = Config().pull_modes
+        pulls = replace(
+            modes.parallel_pull_unpack, decompress_streams={"gzip": DecompressorConfig(str(path), ())}
+        )
+        config = replace(Config(), pull_modes=replace(modes, parallel_pull_unpack=pulls))
+        with pytest.raises(ConfigError, match=r"decompress_streams\.gzip\] path: .*is not a program"):
+            settings_of(config, DEFAULT_RETRY, DEFAULT_TIMEOUTS)

@@ -409,7 +409,7 @@ def test_a_fetcher_that_never_answers_costs_the_mount_timeout(
     image = publish(registry, [ONE])
 
     async def test(rig: Providing) -> None:
-        async def never(layer: str, *, background: bool) -> None:
+        async def never(layer: str, *, background: bool, image: str) -> None:
             await trio.sleep_forever()
 
         with monkeypatch.context() as patch:

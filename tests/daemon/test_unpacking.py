@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from snapshotter.errors import (
     InvalidTar,
     ProcessFailed,
     RegistryUnavailable,
+    SnapshotterError,
     UnsupportedLayer,
 )
 from snapshotter.layer.inherit import Parent
@@ -54,13 +55,18 @@ def reference_to(image: Image) -> Reference:
     return Reference.parse(image.name).with_digest(image.digest)
 
 
-def with_unpacker(root: Path, registry: Registry, test: Callable[[Unpacker], Awaitable[None]]) -> None:
+def with_unpacker(
+    root: Path,
+    registry: Registry,
+    test: Callable[[Unpacker], Awaitable[None]],
+    programs: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Run `test`, and look that nothing is left of the downloads."""
 
     async def main() -> None:
         async with client_for(registry) as client:
             (root / "target").mkdir()
-            unpacker = Unpacker(root, client)
+            unpacker = Unpacker(root, client, programs=programs)
             try:
                 await test(unpacker)
             finally:
@@ -87,6 +93,7 @@ def unpack(
     *,
     manifest: ImageManifest | None = None,
     parents: Sequence[Parent] = (),
+    programs: Mapping[str, Sequence[str]] | None = None,
 ) -> Usage:
     """Unpack a layer of an image (the first), to `root/target`."""
     got = []
@@ -102,7 +109,7 @@ def unpack(
             )
         )
 
-    with_unpacker(root, registry, test)
+    with_unpacker(root, registry, test, programs)
     return got[0]
 
 
@@ -121,6 +128,35 @@ def test_a_layer_is_unpacked(workdir: Path, registry: Registry, media_type: str,
     assert stat.S_IMODE((workdir / "target/d").stat().st_mode) == 0o750
     assert usage.inodes == 3
     assert usage.size >= 70_000
+
+
+def test_a_program_may_inflate_in_our_place(workdir: Path, registry: Registry) -> None:
+    image = registry.add_image([gzip.compress(TAR, mtime=0)])
+    ran = workdir / "ran"
+    unpack(
+        workdir,
+        registry,
+        image,
+        programs={"gzip": ["/bin/sh", "-c", f"touch {ran} && gunzip"], "zstd": ["/no"]},
+    )
+    assert (workdir / "target/d/file").read_bytes() == b"content" * 10_000
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        ("gunzip && false", "/bin/sh ended with status 1"),
+        ("yes", "wrong checksum"),
+        ("true", "tar stream|unpacks to"),
+    ],
+)
+def test_a_program_that_does_not_do_its_work_fails_the_layer(
+    workdir: Path, registry: Registry, command: str, complaint: str
+) -> None:
+    image = registry.add_image([gzip.compress(TAR, mtime=0)])
+    with pytest.raises(SnapshotterError, match=complaint):
+        unpack(workdir, registry, image, programs={"gzip": ["/bin/sh", "-c", command]})
 
 
 def test_each_layer_has_its_own_diff_id(workdir: Path, registry: Registry) -> None:

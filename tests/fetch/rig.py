@@ -259,10 +259,10 @@ class Rig:
         """Say `message` to the fetcher."""
         control.send(self._control, message, fds)
 
-    def open(self, layer: Layer, *, background: bool = False) -> None:
-        """Open `layer` and wait until its files are there."""
+    def open(self, layer: Layer, *, background: bool = False, image: str = "") -> None:
+        """Open `layer` of `image` and wait until its files are there."""
         self._opened.pop(layer.digest, None)
-        self.send(control.Open(layer.digest, background))
+        self.send(control.Open(layer.digest, background, image))
         wait_until(lambda: layer.digest in self._opened, timeout=PATIENCE, what="layer opened")
         assert self._opened[layer.digest] == ""
 

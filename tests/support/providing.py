@@ -25,7 +25,7 @@ from pathlib import Path
 
 import trio
 
-from snapshotter.daemon.artifacts import CompileLimits, LayerArtifacts
+from snapshotter.daemon.artifacts import ArtifactLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config
 from snapshotter.daemon.discovery import Modes
@@ -212,12 +212,12 @@ def _compose(
     layers = LayerStore(root, tidy=True)
     unpacker = Unpacker(root, client)
     provider = Provider(
-        ProviderSettings(options.background, options.mount_timeout, options.min_layer_size),
+        ProviderSettings(options.background, options.mount_timeout, options.min_layer_size, 100),
         root=root,
         layers=layers,
         store=store,
         catalog=Catalog(root, client, options.modes, nursery, phases),
-        artifacts=LayerArtifacts(layers, client, forker, CompileLimits(1 << 30, 30.0), nursery, phases),
+        artifacts=LayerArtifacts(layers, client, forker, ArtifactLimits(1 << 30, 30.0), nursery, phases),
         sources=sources,
         fetcher=fetcher,
         keeper=keeper,

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapshotter.daemon.config import reference
 from snapshotter.daemon.config.locate import Lines, locate
-from snapshotter.daemon.config.reading import Reader, all_keys
-from snapshotter.daemon.config.reference import KeyPath, named, table_named
+from snapshotter.daemon.config.reading import Reader
+from snapshotter.daemon.config.reference import KeyPath, named
 from snapshotter.daemon.config.schema import Config
 from snapshotter.errors import ConfigError
 
@@ -60,7 +59,7 @@ def load(path: Path | None = None, *, explicit: bool = False) -> Loaded:
     config = reader.config(data)
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
-    return Loaded(config, tuple(_warnings(path, mode, config, reader.dropped, lines)))
+    return Loaded(config, tuple(_warnings(path, mode, reader.dropped, lines)))
 
 
 def check(path: Path) -> list[str]:
@@ -103,24 +102,9 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
 
 
-def _warnings(path: Path, mode: int, config: Config, dropped: list[KeyPath], lines: Lines) -> Iterator[str]:
+def _warnings(path: Path, mode: int, dropped: list[KeyPath], lines: Lines) -> Iterator[str]:
     if dropped:
         listed = ", ".join(f"{named(at)} (line {lines.of(at)})" for at in sorted(dropped, key=lines.of))
         yield f"{path}: accepted, but without effect in this snapshotter: {listed}"
-    if missing := ", ".join(_not_yet(config)):
-        yield f"{path}: not available in this version, so without effect: {missing}"
     if mode & stat.S_IWOTH:
         yield f"{path}: every user of this host may write it; run: chmod o-w {path}"
-
-
-def _not_yet(config: Config) -> Iterator[str]:
-    """Yield the names of what `config` asks for and this version does not have."""
-    default = Config()
-    keys = set(all_keys())
-    for at in reference.NOT_YET:
-        asked: Any = config
-        usual: Any = default
-        for name in at:
-            asked, usual = getattr(asked, name), getattr(usual, name)
-        if asked != usual:
-            yield named(at) if at in keys else table_named(at)

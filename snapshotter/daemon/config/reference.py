@@ -1,11 +1,9 @@
 """Keys of the reference snapshotter that are not simply fields of `Config`.
 
-A configuration file of the reference, of any version up to 0.15, must load here. Its keys fall in four lots:
+A configuration file of the reference, of any version up to 0.15, must load here. Its keys fall in three lots:
 
 - with their meaning: fields of `schema.Config` under the same name;
 - `RENAMED`: with their meaning, kept under a name of ours, so that one thing has one key;
-- `NOT_YET`: fields of `schema.Config` whose feature this version does not have (some of them are keys of our
-  own). Asking for one is a warning;
 - `WITHOUT_EFFECT`: accepted and type-checked, then dropped. What they tune is something this snapshotter does
   not have on purpose; one warning names all that a file sets.
 
@@ -63,6 +61,14 @@ WITHOUT_EFFECT: dict[KeyPath, Dropped] = {
     ("fuse", "attr_timeout"): Dropped(int, _FOR_EVER),
     ("fuse", "entry_timeout"): Dropped(int, _FOR_EVER),
     ("fuse", "negative_timeout"): Dropped(int, _FOR_EVER),
+    ("fuse", "log_fuse_operations"): Dropped(
+        bool,
+        "Paths of images are confidential; `soci trace` shows what a start reads, and strace any process.",
+    ),
+    ("prefetch", "max_concurrency"): Dropped(
+        int,
+        "No mount waits for it: it is what the background begins with, within [fetch]'s connections and caps.",
+    ),
     ("background_fetch", "silence_period_msec"): Dropped(
         int, "The background starts at once and yields to readers; see [fetch]."
     ),
@@ -83,14 +89,6 @@ WITHOUT_EFFECT: dict[KeyPath, Dropped] = {
 RENAMED: dict[KeyPath, str] = {
     ("background_fetch", "disable"): "true is [fetch] background = false",
 }
-
-NOT_YET: tuple[KeyPath, ...] = (
-    ("max_concurrency",),
-    ("fuse", "log_fuse_operations"),
-    ("pull_modes", "parallel_pull_unpack", "decompress_streams"),
-    ("prefetch",),
-)
-"""Keys, or whole tables, that nobody reads yet; remove an entry with the change that reads it (a test compares)."""
 
 
 def named(path: tuple[str | int, ...]) -> str:

@@ -48,9 +48,6 @@ class FuseConfig:
         unit="seconds",
         minimum=1,
     )
-    log_fuse_operations: bool = value(
-        False, "Log every operation with its path (paths of images can be confidential)."
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +92,9 @@ class FetchConfig:
     )
     max_background_bytes_per_sec: int = value(
         0, "Cap on background transfer; 0: what the link gives.", unit="bytes per second", minimum=0
+    )
+    max_background_bytes_per_sec_per_image: int = value(
+        0, "The same for each image by itself; 0: none.", unit="bytes per second", minimum=0
     )
 
 
@@ -154,7 +154,12 @@ class Config:
         minimum=0,
         zero_is_default=True,
     )
-    max_concurrency: int = value(100, "Layers resolved at once; below 0: no limit.", zero_is_default=True)
+    max_concurrency: int = value(
+        100,
+        "Layers of an image whose zTOCs are fetched and compiled at once, ahead of their use: never more than 8, for the "
+        "sake of memory; below 0: 8.",
+        zero_is_default=True,
+    )
     http: HttpConfig = field(default_factory=HttpConfig)
     blob: BlobConfig = field(default_factory=BlobConfig)
     fetch: FetchConfig = field(default_factory=FetchConfig)

@@ -13,13 +13,10 @@ from typing import Any
 
 from snapshotter.daemon.config import reference
 from snapshotter.daemon.config.keys import Key, Table, TableList, TableMap, TextList, Value, allowed, keys_of
-from snapshotter.daemon.config.reading import all_keys
 from snapshotter.daemon.config.reference import KeyPath, named, table_named
 from snapshotter.daemon.config.schema import Config
 
 _WIDTH = 100
-
-_LATER = "Not available in this version."
 
 _HEAD = """\
 # Configuration of soci-snapshotter-grpc, usually /etc/soci-snapshotter-grpc/config.toml.
@@ -63,11 +60,9 @@ def _table(config: Any, at: KeyPath, *, documented: bool) -> Iterator[str]:
     values = [key for key in keys if isinstance(key.description, (Value, TextList))]
     if values and at:
         yield from ["", f"[{_dotted(at)}]"]
-        if documented and at in reference.NOT_YET:
-            yield f"# {_LATER}"
     for i, key in enumerate(values):
         if documented:
-            yield from ["", *_comment(_about(key, (*at, key.name)))][1 if at and i == 0 else 0 :]
+            yield from ["", *_comment(_about(key))][1 if at and i == 0 else 0 :]
         yield f"{_name(key.name)} = {_toml(getattr(config, key.attribute))}"
     for key in keys[len(values) :]:
         yield from _nested(key, getattr(config, key.attribute), (*at, key.name), documented=documented)
@@ -79,8 +74,7 @@ def _nested(key: Key, config: Any, at: KeyPath, *, documented: bool) -> Iterator
             yield from _table(config, at, documented=documented)
         case TableMap() as description:
             if documented:
-                later = f" {_LATER}" if at in reference.NOT_YET else ""
-                yield from ["", *_comment(f"{description.doc}{later} For example:")]
+                yield from ["", *_comment(f"{description.doc} For example:")]
                 yield from (f"#{line}" for line in description.sample.splitlines())
             for name, entry in config.items():
                 yield from _table(entry, (*at, name), documented=False)
@@ -90,13 +84,12 @@ def _nested(key: Key, config: Any, at: KeyPath, *, documented: bool) -> Iterator
                 yield from list(_table(entry, at, documented=False))[2:]
 
 
-def _about(key: Key, at: KeyPath) -> str:
+def _about(key: Key) -> str:
     """Return what a key is for and may hold."""
     rule = key.description
-    later = f" {_LATER}" if at in reference.NOT_YET else ""
     if not isinstance(rule, Value) or isinstance(key.default, bool):
-        return f"{_doc(key)}{later}"
-    return f"{_doc(key)} Must be {allowed(rule, key.default)}.{later}"
+        return _doc(key)
+    return f"{_doc(key)} Must be {allowed(rule, key.default)}."
 
 
 def _doc(key: Key) -> str:
@@ -137,9 +130,6 @@ def markdown() -> str:
         lines.append(f"| `{named(at)}` | {_KINDS[kind]} | {reason} |")
     lines += ["", "### Keys of the reference under another name", "", "| key | meaning |", "|---|---|"]
     lines += [f"| `{named(at)}` | {meaning} |" for at, meaning in reference.RENAMED.items()]
-    lines += ["", "### Keys whose feature is still to come (setting one is a warning)", ""]
-    leaves = set(all_keys())
-    lines += [f"- `{named(at) if at in leaves else table_named(at)}`" for at in reference.NOT_YET]
     return "\n".join(lines) + "\n"
 
 
@@ -150,16 +140,14 @@ def _markdown_table(table_type: type[Any], at: KeyPath, title: str = "") -> Iter
     keys = list(keys_of(table_type))
     values = [key for key in keys if isinstance(key.description, (Value, TextList))]
     if values:
-        later = f" ({_LATER.lower().rstrip('.')})" if at in reference.NOT_YET else ""
         heading = title or (f"`{table_named(at)}`" if at else "At the top of the file")
-        yield from ["", f"#### {heading}{later}", ""]
+        yield from ["", f"#### {heading}", ""]
         yield from ["| key | default | allowed | meaning |", "|---|---|---|---|"]
     for key in values:
         rule = key.description
         may_hold = allowed(rule, key.default) if isinstance(rule, Value) else "an array of texts"
         default = "required" if isinstance(rule, Value) and rule.required else f"`{_toml(key.default)}`"
-        later = f" {_LATER}" if (*at, key.name) in reference.NOT_YET else ""
-        yield f"| `{key.name}` | {default} | {may_hold} | {_doc(key)}{later} |"
+        yield f"| `{key.name}` | {default} | {may_hold} | {_doc(key)} |"
     for key in keys[len(values) :]:
         path = (*at, key.name)
         match key.description:
