@@ -40,6 +40,7 @@ COUNTERS = (
     "spans_lent",  # served from memory, because the disk had no room
     "evicted_data_spans",  # inflated bytes given up to make room
     "evicted_blob_spans",  # compressed bytes given up to make room
+    "layers_reopened",  # cache files of theirs were deleted while they were open
     "layers_verified",
     "layers_mismatched",  # complete, every span right, and still not the layer's digest
     # What went wrong.

@@ -60,12 +60,7 @@ class Fetcher:
         layer = await self._layer(digest)
         layer.image = layer.image or image
         if background and not layer.background:
-            layer.background = True
-            self._context.link.active(
-                trio.current_time()
-            )  # a layer is mounted because it is about to be read
-            self._background.start(layer)
-            self._pump()
+            self._complete(layer)
 
     async def serve(self, digest: Digest, sock: socket.socket) -> None:
         """Serve one layer server until it goes away; owns `sock`.
@@ -128,11 +123,14 @@ class Fetcher:
     # ---- layers ----
 
     async def _layer(self, digest: Digest) -> ActiveLayer:
-        """Return the open layer, opening it first if need be."""
+        """Return the open layer, opening it first if need be, and again when its files have lost their names."""
         turn = self._turn.setdefault(digest, trio.Lock())
         try:
             async with turn:
-                return self._context.layers.get(digest) or await self._open(digest)
+                layer = self._context.layers.get(digest)
+                if layer is None:
+                    return await self._open(digest)
+                return await self._open_again(layer) if layer.files.is_displaced() else layer
         finally:
             if not turn.locked():  # a lock that somebody awaits is handed over, and never free
                 self._turn.pop(digest, None)
@@ -153,6 +151,25 @@ class Fetcher:
         if files.states.verified:
             self._context.tell_daemon(control.Complete(digest, verified=True))
         return layer
+
+    async def _open_again(self, layer: ActiveLayer) -> ActiveLayer:
+        """Open a layer of which files were deleted under us: those that are missing are made, and filled, anew."""
+        log.warning("cache files of a layer were deleted; they are made again", extra={"layer": layer.digest})
+        self._context.counters.add("layers_reopened")
+        layer.files.displace()
+        self.close(layer.digest)
+        again = await self._open(layer.digest)
+        again.source = layer.source
+        if layer.background:
+            self._complete(again)
+        return again
+
+    def _complete(self, layer: ActiveLayer) -> None:
+        """Begin to make a layer complete: it is mounted, because it is about to be read."""
+        layer.background = True
+        self._context.link.active(trio.current_time())
+        self._background.start(layer)
+        self._pump()
 
     # ---- servers ----
 

@@ -87,19 +87,60 @@ class LayerFiles:
             files.ztoc_fd = os.open(paths.ztoc, os.O_RDONLY | os.O_CLOEXEC)
             undo.callback(os.close, files.ztoc_fd)
             _refuse_damaged(files.ztoc_fd, paths.ztoc, tree.ztoc_digest)
-            files.blob_fd = store.open_cache(paths.blob, files.compressed_size)
-            undo.callback(os.close, files.blob_fd)
-            if _is_its_own_tar(tree, spans):
-                files.shared = store.share_cache(paths.blob, paths.data)
-            size = files.compressed_size if files.shared else files.uncompressed_size
-            files.data_fd = store.open_cache(paths.data, size)
-            undo.callback(os.close, files.data_fd)
             files.recorded = trace.load(paths.trace, files.span_count)
+            # Before the caches: should this process die among them, the next one finds that it did not end cleanly.
             files.states = _open_states(paths.spans, files.span_count, boot_id, digest)
+            with ExitStack() as unclean:
+                unclean.callback(files.states.abandon)
+                files._open_caches(store, undo, own_tar=_is_its_own_tar(tree, spans))
+                unclean.pop_all()
             fixed = (path for path in paths.directory.iterdir() if path not in {paths.blob, paths.data})
             files._fixed_usage = sum(path.stat().st_blocks for path in fixed) * 512
             files._undo = undo.pop_all()
         return files
+
+    def _open_caches(self, store: LayerStore, undo: ExitStack, *, own_tar: bool) -> None:
+        """Open `blob` and `data`. What was deleted or cut off since the states were written is not trusted."""
+        blob, data = self.paths.blob, self.paths.data
+        if own_tar and (blob.exists() or data.exists()):
+            store.share_cache(blob, data)
+        had_blob = _has_size(blob, self.compressed_size)
+        self.blob_fd = store.open_cache(blob, self.compressed_size)
+        undo.callback(os.close, self.blob_fd)
+        if own_tar:
+            self.shared = store.share_cache(blob, data)
+        size = self.compressed_size if self.shared else self.uncompressed_size
+        had_data = _has_size(data, size)
+        self.data_fd = store.open_cache(data, size)
+        undo.callback(os.close, self.data_fd)
+        if self.states.is_new and had_blob and os.fstat(self.blob_fd).st_blocks:
+            self.states.suspect(everything=True)  # only what is known of it was lost
+            self.states.set_fetched_bytes(sum(self.sizes))
+        elif not (had_blob and had_data):
+            self.states.suspect()
+
+    def is_displaced(self) -> bool:
+        """Whether a file that is written to has lost its name: who opens the layer now does not get it."""
+        return any(not _is_at(fd, path) for fd, path in self._cache_names())
+
+    def displace(self) -> None:
+        """Take `data` and `spans` away together, unless both are in their places. Raises OSError.
+
+        The servers that have them open go on reading what was there, which nobody writes to any more; one of the two
+        alone would be a lie to them.
+        """
+        pairs = [(fd, path) for fd, path in self._cache_names() if path != self.paths.blob]
+        if not all(_is_at(fd, path) for fd, path in pairs):
+            for _fd, path in pairs:
+                path.unlink(missing_ok=True)
+
+    def _cache_names(self) -> list[tuple[int, Path]]:
+        paths = self.paths
+        return [
+            (self.blob_fd, paths.blob),
+            (self.data_fd, paths.data),
+            (self.states.fileno(), paths.spans),
+        ]
 
     def span(self, span: int) -> Span:
         """Return where `span` is."""
@@ -230,6 +271,21 @@ def _any_tree(paths: LayerPaths) -> Path:
     for path in sorted(paths.directory.glob("tree.*")):
         return path
     raise InvalidLayerFile(f"layer directory {paths.directory}: no compiled tree")
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Return whether `path` is still a name of the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_its_own_tar(tree: Tree, spans: list[Span]) -> bool:

@@ -93,7 +93,7 @@ def serve(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     operations = LayerOperations(tree, Contents(tree, fds["data"], view, link, page), page, relay)
     fuse = os.dup(fds["fuse"])
     adoption.adopt(operations, fds["fuse"], kernel.Init.from_text(told.init), relay)
-    trio.run(functools.partial(_main, told, operations, link, page, control, fuse, fds.get("fetcher")))
+    trio.run(functools.partial(_main, told, operations, link, page, control, fuse, fds))
 
 
 async def _main(
@@ -103,13 +103,13 @@ async def _main(
     page: counters.CounterPage,
     control: socket.socket,
     fuse: int,
-    fetcher: int | None,
+    fds: Mapping[str, int],
 ) -> NoReturn:
-    if fetcher is not None:
-        link.connect(fetcher)
+    if "fetcher" in fds:
+        link.connect(fds["fetcher"])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
-        nursery.start_soon(_follow_control, control, link)
+        nursery.start_soon(_follow_control, control, link, operations.relay, fds["spans"])
         nursery.start_soon(_sleep_when_idle, operations, page, fuse, told.idle_timeout)
         await pyfuse3.main()
         os._exit(0)  # unmounted
@@ -121,14 +121,21 @@ def _ask_for_fetcher(control: socket.socket) -> None:
         messages.send(control, {"op": "fetcher"})
 
 
-async def _follow_control(control: socket.socket, link: SpanLink) -> None:
-    """Take new fetcher sockets from the keeper; end with it."""
+async def _follow_control(control: socket.socket, link: SpanLink, relay: Relay | None, spans: int) -> None:
+    """Take new fetcher sockets from the keeper; end with it.
+
+    End, too, when the span file has lost its name: the fetcher writes to another one, which a successor opens.
+    """
     while True:
         await trio.lowlevel.wait_readable(control)
         received = messages.receive(control)
         if received is None:
             os._exit(0)
         message, fds = received
+        if os.fstat(spans).st_nlink == 0:
+            if relay is not None:
+                relay.settle()
+            os._exit(0)
         if message.get("op") == "fetcher" and len(fds) == 1:
             link.connect(fds[0])
 

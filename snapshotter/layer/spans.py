@@ -26,7 +26,8 @@ Crashes: the file needs no fsync. While the host stays up its pages and those of
 process, and bytes always precede their state; still, an unclean end means that the last writer may have been
 wrong about anything, so its spans become SUSPECT. When the host goes down the pages reach the disk in any
 order; the boot id tells, and everything becomes SUSPECT, even after a clean close. The file is demoted in
-place and never shrunk or replaced while servers may map it: they see SUSPECT at once and ask.
+place and never shrunk or replaced while servers may map it: they see SUSPECT at once and ask. One that was deleted, or
+whose `data` was, is left as it is: its servers read what they have, and a new file has a new `data`.
 
 Concurrency: `SpanFile` belongs to one thread of the fetcher. `SpanView` belongs to one thread of a server.
 Deliberately not here: what to fetch or to evict, and any look at `blob` or `data`.
@@ -215,6 +216,8 @@ class SpanFile(_Mapping):
     def __init__(self, fd: int, span_count: int) -> None:
         super().__init__(fd, span_count, writable=True)
         self._fd = fd
+        self.is_new = False
+        """Whether there was none, or none of this layer and version."""
 
     @classmethod
     def create_or_open(cls, path: Path, span_count: int, *, boot_id: str, digest: Digest) -> Self:
@@ -237,6 +240,10 @@ class SpanFile(_Mapping):
             raise
         file._take_over(identity, boot_id=boot_id, digest=digest)
         return file
+
+    def fileno(self) -> int:
+        """Return the file's descriptor, which stays its own."""
+        return self._fd
 
     def checksum(self, span: int) -> int:
         """Return the checksum that was stored with INFLATED; 0 when `span` has none. Raises IndexError."""
@@ -294,9 +301,21 @@ class SpanFile(_Mapping):
         """Store how many uncompressed bytes are held."""
         self._words[_WORD_INFLATED_BYTES] = count
 
+    def suspect(self, *, everything: bool = False) -> None:
+        """Trust nothing that is said to be stored; with `everything`, nor that the rest is not."""
+        if everything:
+            for span in range(self._span_count):
+                self._words[_FIRST_RECORD_WORD + span * _RECORD_WORDS] |= SpanState.FETCHED
+            self._words[_WORD_HEADER_FETCHED] = 1
+        self._suspect_everything()
+
     def close(self) -> None:
         """Mark the file clean and unmap it."""
         self._words[_WORD_CLEAN] = 1
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Unmap the file as a crash would: the next to open it finds everything suspect."""
         self._unmap()
         os.close(self._fd)
 
@@ -322,6 +341,7 @@ class SpanFile(_Mapping):
     def _take_over(self, identity: tuple[int, bytes, bytes] | None, *, boot_id: str, digest: Digest) -> None:
         ours = (self._span_count, bytes.fromhex(digest_hex(digest)), boot_id.encode()[:64])
         if identity is None or identity[:2] != ours[:2]:
+            self.is_new = True
             self._reset_records()
             self._words[_WORD_BEGAN_MS] = _uptime_ms()
         elif identity[2] != ours[2] or not self._words[_WORD_CLEAN]:

@@ -116,8 +116,10 @@ class LayerStore:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(fd).st_size != size:
+            had = os.fstat(fd).st_size
+            if had != size:
                 os.ftruncate(fd, size)
+            if had == 0:
                 _refuse_without_holes(fd, path, size)
         except BaseException:
             os.close(fd)
@@ -125,13 +127,14 @@ class LayerStore:
         return fd
 
     def share_cache(self, blob: Path, data: Path) -> bool:
-        """Make `data` another name of the existing `blob`, for a layer that is its own tar stream.
+        """Make `blob` and `data`, of which one exists, names of one file, for a layer that is its own tar stream.
 
-        Returns whether it is: a file that an older version has made stays, for servers may be reading it. Raises
+        Returns whether they are: a file that an older version has made stays, for servers may be reading it. Raises
         OSError.
         """
-        with suppress(FileExistsError):
-            os.link(blob, data)
+        for name, other in ((blob, data), (data, blob)):
+            with suppress(FileExistsError, FileNotFoundError):
+                os.link(name, other)
         return blob.samefile(data)
 
     def remove(self, digest: Digest) -> None:
