@@ -254,6 +254,7 @@ class App:
             read_budget=fuse.read_budget_sec,
             read_ahead_kb=fuse.read_ahead_kb,
             on_gone=self._note_gone,
+            mend=lambda spec: self._provider.mend(spec),  # noqa: PLW0108 - the provider is made after
         )
 
     def _make_provider(

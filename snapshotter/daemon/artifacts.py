@@ -110,6 +110,12 @@ class LayerArtifacts:
                 f"and this image's index names {ztoc.digest}"
             )
 
+    async def are_whole(self, layer: Digest, variant: str) -> bool:
+        """Return whether zTOC, plain tree and that variant are there, can be used, and belong together. Raises OSError."""
+        ztoc = await trio.to_thread.run_sync(self._stored_ztoc, layer)
+        trees = [await trio.to_thread.run_sync(self._compiled_from, layer, each) for each in {"", variant}]
+        return ztoc is not None and trees.count(ztoc) == len(trees)
+
     async def variant_for(self, layer: Digest, parents: list[Parent]) -> str:
         """Return the name of the tree that shows `layer` right above `parents` (nearest first), compiled.
 

@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -110,6 +111,15 @@ class Catalog:
         )
         return found
 
+    async def recall(self, image: Reference) -> Found:
+        """Return what `image`, of which something is mounted, was resolved to; it is resolved again where that is lost.
+
+        Raises as `resolve` does.
+        """
+        assert image.digest is not None
+        found = await trio.to_thread.run_sync(self._read, image.digest)
+        return found or await self.resolve(image, None)
+
     def tidy(self, used: Collection[str]) -> None:
         """Remove from disk what is known of images that nothing uses; `used` are manifest digests. For a thread.
 
@@ -124,6 +134,15 @@ class Catalog:
 
     def _load(self, manifest: Digest, explicit: Digest | None) -> Found | None:
         """Return what is on disk, None when there is nothing whole that may be used."""
+        found = self._read(manifest)
+        if found is None:
+            return None
+        if explicit is not None:
+            return replace(found, how="explicit") if explicit == found.index.digest else None
+        return found if {"v1": self._modes.v1, "v2": self._modes.v2}.get(found.how, False) else None
+
+    def _read(self, manifest: Digest) -> Found | None:
+        """Return what is on disk, None when it is not whole."""
         directory = self._directory / digest_hex(manifest)
         try:
             how = (directory / "found").read_text("ascii")
@@ -133,14 +152,8 @@ class Catalog:
             parsed = parse_manifest(data)
         except (OSError, StopIteration, CorruptData, UnicodeError):
             return None
-        if explicit is not None:
-            wanted, how = explicit == index.digest, "explicit"
-        else:
-            wanted = {"v1": self._modes.v1, "v2": self._modes.v2}.get(how, False)
         whole = sha256_digest(data) == manifest and index_path.name == f"index-{digest_hex(index.digest)}"
-        if not (whole and wanted and isinstance(parsed, ImageManifest)):
-            return None
-        return Found(parsed, data, index, how)
+        return Found(parsed, data, index, how) if whole and isinstance(parsed, ImageManifest) else None
 
     def _save(self, manifest: Digest, found: Found) -> None:
         """Store what was found. A disk that refuses costs the next start a look at the registry, nothing else."""

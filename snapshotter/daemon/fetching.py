@@ -140,7 +140,7 @@ class FetcherProcess:
         """Have the fetcher serve `layer` of `image`; returns when the layer's cache files exist. Raises ProcessFailed."""
         message = self._layers[layer] = control.Open(layer, background, image)
         opening = self._openings.get(layer)
-        if opening is None or (opening.answered.is_set() and opening.error):
+        if opening is None or opening.answered.is_set():  # its files may have gone since
             opening = self._openings[layer] = _Opening()
         self._tell(message)
         await opening.answered.wait()

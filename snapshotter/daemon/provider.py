@@ -27,6 +27,7 @@ from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.discovery import Found
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.locks import Locks
+from snapshotter.daemon.mending import Mender
 from snapshotter.daemon.parallelpull import ParallelPulls
 from snapshotter.daemon.phases import Phase, Phases
 from snapshotter.daemon.sources import BlobSources
@@ -128,6 +129,15 @@ class Provider:
         self._ahead = trio.CapacityLimiter(min(at_once, _PREPARED_AT_ONCE))
         self._recorded: dict[int, Digest] = {}
         """Layers by the snapshots whose mount they are, or would be if it could have been restored."""
+        self._mender = Mender(
+            store=store,
+            catalog=catalog,
+            artifacts=artifacts,
+            fetcher=fetcher,
+            locks=self._locks,
+            layers=layers,
+            snapshots=self._snapshots,
+        )
         self.fallbacks: dict[str, int] = {}
         """How often a layer was not lazy, by reason."""
 
@@ -154,7 +164,7 @@ class Provider:
         mountpoint = self._keeper.mounts.get(snapshot_id)
         if mountpoint is None:
             return None
-        return self._usage(mountpoint.spec.layer)
+        return Usage(*self._layers.usage(mountpoint.spec.layer))
 
     def release(self, snapshot_id: int, directory: Path) -> bool:
         """Unmount a lazy layer."""
@@ -209,6 +219,12 @@ class Provider:
             await self._fetcher.open(layer, background=self.settings.background, image=image)
         except ProcessFailed as error:
             _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
+            self._nursery.start_soon(self._mender.mend_at_last, layer, self.settings.background)
+
+    async def mend(self, spec: MountSpec) -> None:
+        """Have the files of a mount made whole again. Raises as `Mender.mend` does, and trio.TooSlowError."""
+        with trio.fail_after(self.settings.mount_timeout_s):
+            await self._mender.mend(spec.snapshot_id, spec.layer, self.settings.background)
 
     def gone(self, spec: MountSpec) -> None:
         """Note that a mount has ended; the last one of a layer takes its files along."""
@@ -289,7 +305,7 @@ class Provider:
                     self._nursery.start_soon(self._drop_use, layer)
                     raise
         self._keeper.wake([request.snapshot_id])
-        return Lazy(layer, await trio.to_thread.run_sync(self._usage, layer))
+        return Lazy(layer, Usage(*await trio.to_thread.run_sync(self._layers.usage, layer)))
 
     async def _mount(self, request: LayerRequest, asked: Asked, variant: str) -> None:
         """Record the mount, then make it: a crash in between is one that `restore` makes up for."""
@@ -400,17 +416,6 @@ class Provider:
             else:
                 parents.append(Parent(directory=self._snapshots / str(snapshot_id) / "fs"))
         return parents
-
-    def _usage(self, layer: Digest) -> Usage:
-        """Return the disk space and the inodes that a layer's files occupy, the directory included."""
-        directory = self._layers.paths(layer).directory
-        found: dict[int, int] = {}
-        with suppress(FileNotFoundError):  # the last use has ended meanwhile
-            for path in (directory, *directory.iterdir()):
-                with suppress(FileNotFoundError):  # a temporary, which has its name by now
-                    status = path.stat()
-                    found[status.st_ino] = status.st_blocks * 512
-        return Usage(sum(found.values()), len(found))
 
     def _count(self, reason: str) -> None:
         assert reason in REASONS

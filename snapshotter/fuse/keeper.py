@@ -27,14 +27,13 @@ from typing import Protocol
 import trio
 
 from snapshotter import messages
-from snapshotter.errors import ProcessFailed, SnapshotterError
+from snapshotter.errors import SnapshotterError
 from snapshotter.fuse import kernel, mounting, server
 from snapshotter.fuse.blocking import Blocking
 from snapshotter.fuse.forker import Child, Forker
 from snapshotter.fuse.held import HeldDevices
 from snapshotter.fuse.holding import HolderClient
 from snapshotter.fuse.mountpoint import (
-    Device,
     Mountpoint,
     MountSpec,
     RootFacts,
@@ -43,10 +42,9 @@ from snapshotter.fuse.mountpoint import (
     answer_one,
     is_dead,
     make_mount,
-    readopt,
     strike,
 )
-from snapshotter.layer.tree import Tree
+from snapshotter.fuse.restoring import Mend, Restorer
 from snapshotter.units import Digest
 
 _log = logging.getLogger(__name__)
@@ -92,6 +90,7 @@ class Keeper:
         read_budget: float,
         read_ahead_kb: int,
         on_gone: Callable[[MountSpec, Mapping[str, int]], None],
+        mend: Mend | None = None,
     ) -> None:
         self._held = HeldDevices(holder)
         self._forker = forker
@@ -100,6 +99,7 @@ class Keeper:
         self._read_budget = read_budget
         self._read_ahead_kb = read_ahead_kb
         self._on_gone = on_gone
+        self._mend = mend
         self._mounts: dict[int, Mountpoint] = {}
         self._blocking = Blocking()
         self._nursery: trio.Nursery | None = None
@@ -133,7 +133,7 @@ class Keeper:
             raise ValueError(
                 f"snapshot {spec.snapshot_id} is mounted already, or its last mount has not ended yet"
             )
-        facts = await trio.to_thread.run_sync(_facts, spec.tree)
+        facts = await trio.to_thread.run_sync(RootFacts.read, spec.tree)
         device, unique = await trio.to_thread.run_sync(make_mount, spec.target)
         mountpoint = Mountpoint.of(spec, device, facts)
         try:
@@ -150,29 +150,13 @@ class Keeper:
         return mountpoint
 
     async def restore(self, specs: Iterable[MountSpec]) -> list[MountSpec]:
-        """Take back what the holder kept, mount again what it did not keep; return what could not be mounted."""
-        held = await self._held.take_back()
-        failed = []
-        for spec in specs:
-            try:
-                if spec.snapshot_id in held:
-                    await self._readopt(spec, held.pop(spec.snapshot_id))
-                else:
-                    while await trio.to_thread.run_sync(mounting.detach, spec.target):
-                        _log.warning("a dead mount was detached", extra={"snapshot": spec.snapshot_id})
-                    await self.mount(spec)
-            except (OSError, ValueError, SnapshotterError) as error:
-                _log.error(
-                    "a lazy mount could not be restored",
-                    extra={"snapshot": spec.snapshot_id, "layer": spec.layer, "error": str(error)},
-                )
-                failed.append(spec)
-        for snapshot_id, device in held.items():
-            _log.warning(
-                "the holder kept a mount that nobody knows; it is let go", extra={"snapshot": snapshot_id}
-            )
-            await self._held.drop(snapshot_id, device)
-        return failed
+        """Take back what the holder kept, mount again what it did not keep; return what could not be mounted.
+
+        What has to be mended first is not waited for.
+        """
+        assert self._nursery is not None
+        restorer = Restorer(self._held, self._nursery, mount=self.mount, keep=self._keep, mend=self._mend)
+        return await restorer.restore(specs)
 
     def wake(self, snapshot_ids: Iterable[int]) -> None:
         """Start servers for these mounts, without waiting; unknown ids are ignored."""
@@ -218,20 +202,6 @@ class Keeper:
         """Give a new holder everything that the old one had. Raises ProcessFailed."""
         for mountpoint in list(self._mounts.values()):
             await self._held.put(mountpoint)
-
-    async def _readopt(self, spec: MountSpec, device: Device) -> None:
-        """Take back one mount. One that cannot be served is let go: its readers get an error instead of waiting."""
-        try:
-            facts = await trio.to_thread.run_sync(_facts, spec.tree)
-            readopt(device)
-        except (OSError, SnapshotterError):
-            await self._held.drop(spec.snapshot_id, device)
-            await trio.to_thread.run_sync(mounting.detach, spec.target)
-            raise
-        mountpoint = Mountpoint.of(spec, device, facts)
-        self._keep(mountpoint)
-        if not device.init.has_resend:
-            await self._held.put(mountpoint)  # it may have lost the journal
 
     def _set_read_ahead(self, target: str) -> None:
         try:
@@ -304,11 +274,12 @@ class Keeper:
         near, far = messages.pair()
         near.setblocking(False)
         started, fetchers = trio.current_time(), self._fetchers
+        adoptions = mountpoint.adoptions
         with near:
             try:
                 with far:
                     child = await self._fork(mountpoint, far.fileno())
-            except (ProcessFailed, OSError) as error:
+            except (SnapshotterError, OSError, trio.TooSlowError) as error:
                 mountpoint.short_lives += 1
                 _log.error(
                     "no layer server could be started",
@@ -330,6 +301,7 @@ class Keeper:
             finally:
                 mountpoint.control, mountpoint.pid = None, 0
                 os.close(child.pidfd)
+        mountpoint.is_damaged = mountpoint.adoptions == adoptions
         lived = trio.current_time() - started
         mountpoint.short_lives = mountpoint.short_lives + 1 if lived < _SHORT_LIFE_S else 0
 
@@ -355,7 +327,9 @@ class Keeper:
             fds["journal"] = mountpoint.journal_fd
         opened = []
         try:
-            for name, path in (("tree", spec.tree), ("data", spec.data), ("spans", spec.spans)):
+            if self._mend is not None and (mountpoint.is_damaged or not _are_there(spec)):
+                await self._mend(spec)
+            for name, path in _files(spec):
                 opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 fds[name] = opened[-1]
             fetcher = self._gate.connect(spec.layer)
@@ -384,20 +358,12 @@ class Keeper:
         self._on_gone(mountpoint.spec, counters)
 
 
-def _facts(path: str) -> RootFacts:
-    """Read from a tree what the keeper answers by itself. Raises InvalidLayerFile, OSError."""
-    with open(path, "rb") as file:
-        tree = Tree(file.fileno())
-    try:
-        blocks = -(-tree.uncompressed_size // 4096)
-        return RootFacts(
-            root=tree.row(kernel.ROOT_ID),
-            blocks=blocks,
-            files=tree.entry_count,
-            compressed_size=tree.compressed_size,
-        )
-    finally:
-        tree.close()
+def _files(spec: MountSpec) -> tuple[tuple[str, str], ...]:
+    return ("tree", spec.tree), ("data", spec.data), ("spans", spec.spans)
+
+
+def _are_there(spec: MountSpec) -> bool:
+    return all(os.path.exists(path) for _name, path in _files(spec))
 
 
 async def _cancel_after(scope: trio.CancelScope, wait: Callable[[], object]) -> None:

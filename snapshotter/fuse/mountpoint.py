@@ -25,7 +25,7 @@ from snapshotter.counters import CounterPage
 from snapshotter.fuse import kernel, mounting
 from snapshotter.fuse.counters import NAMES
 from snapshotter.fuse.journal import Entry, Journal
-from snapshotter.layer.tree import Node
+from snapshotter.layer.tree import Node, Tree
 from snapshotter.units import Digest
 
 
@@ -59,6 +59,21 @@ class RootFacts:
     files: int
     compressed_size: int
 
+    @classmethod
+    def read(cls, path: str) -> RootFacts:
+        """Read from a tree what the keeper answers by itself. Raises InvalidLayerFile, OSError."""
+        with open(path, "rb") as file:
+            tree = Tree(file.fileno())
+        try:
+            return cls(
+                root=tree.row(kernel.ROOT_ID),
+                blocks=-(-tree.uncompressed_size // 4096),
+                files=tree.entry_count,
+                compressed_size=tree.compressed_size,
+            )
+        finally:
+            tree.close()
+
 
 @dataclass(slots=True)
 class Mountpoint:
@@ -78,6 +93,8 @@ class Mountpoint:
     pid: int = 0
     control: socket.socket | None = None
     short_lives: int = 0
+    is_damaged: bool = False
+    """Whether the last server ended before it had opened the layer's files."""
     strikes: dict[int, int] = field(default_factory=dict)
     """Short lives of servers by the unanswered request that they were given."""
     wanted: trio.Event = field(default_factory=trio.Event)
@@ -101,6 +118,11 @@ class Mountpoint:
     def has_unanswered(self) -> bool:
         """Whether there are requests that the kernel will not send again by itself, or when asked."""
         return not self.init.has_resend and bool(self.journal.unanswered())
+
+    @property
+    def adoptions(self) -> int:
+        """How often a server took the mount over."""
+        return self.counters.words[self.counters.index("adoptions")]
 
     def close(self) -> None:
         """Close the descriptors and maps."""

@@ -76,10 +76,10 @@ def serve(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
     told = ServeArguments(**arguments)
     logging.getLogger("pyfuse3").setLevel(logging.CRITICAL)  # it reports every reader that gave up
     page = counters.CounterPage(fds["counters"], NAMES, writable=True)
-    page.add("adoptions")
     page.set("reads_waiting", 0)
     tree = Tree(fds["tree"])
     view = SpanView(fds["spans"])
+    page.add("adoptions")  # the keeper has the files of a server that does not come this far looked at
     control = socket.socket(fileno=fds["control"])
     control.setblocking(False)
     link = SpanLink(

@@ -137,6 +137,17 @@ class LayerStore:
                 os.link(name, other)
         return blob.samefile(data)
 
+    def usage(self, digest: Digest) -> tuple[int, int]:
+        """Return the disk space in bytes and the inodes that a layer's files occupy, the directory included."""
+        directory = self.paths(digest).directory
+        found: dict[int, int] = {}
+        with suppress(FileNotFoundError):  # it is being removed
+            for path in (directory, *directory.iterdir()):
+                with suppress(FileNotFoundError):  # a temporary, which has its name by now
+                    status = path.stat()
+                    found[status.st_ino] = status.st_blocks * 512
+        return sum(found.values()), len(found)
+
     def remove(self, digest: Digest) -> None:
         """Remove every file of the layer. Who has them open keeps them until they are closed.
 

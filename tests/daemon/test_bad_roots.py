@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import pytest
 from snapshotter.errors import AlreadyExists, NotFound, Unavailable
 from snapshotter.fuse.holding import HolderClient
 from tests.support import host
-from tests.support.images import tar
+from tests.support.images import directory, tar
 from tests.support.indexed import IndexedImage, publish
 from tests.support.process import Daemon, Service, wait_until
-from tests.support.registry import Registry
+from tests.support.registry import Registry, Status
 from tests.support.snapshot_mounts import mount
 from tests.support.snapshots_client import RemoteSnapshotter
 
@@ -97,22 +97,60 @@ def test_states_of_a_newer_version_are_made_again(daemon: Daemon, image: Indexed
     assert (mounted / "file").read_bytes() == CONTENT
 
 
-def test_a_tree_of_a_newer_version_keeps_its_layer_away_and_says_so(
-    daemon: Daemon, image: IndexedImage
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 10)])
+def test_trees_that_cannot_be_used_are_made_again_in_every_variant(
+    daemon: Daemon, damage: Callable[[Path], None]
 ) -> None:
-    pull(daemon_started(daemon), image)
+    """The upper layer has a tree of its own: a directory that it only implies looks like the one below."""
+    lower = tar({"d/": directory(mode=0o711), "d/low": b"l"})
+    with Registry() as registry:
+        image = publish(registry, [lower, tar({"d/up": CONTENT})])
+        with client_of(daemon_started(daemon)) as client:
+            for layer, parent in ((0, ""), (1, CHAIN)):
+                with pytest.raises(AlreadyExists):
+                    client.prepare(f"extract-{layer}", parent, image.labels(layer))
+        targets = [Path(mount["target"]) for mount in daemon.status()["mounts"]]
+        assert (targets[1] / "d/up").read_bytes() == CONTENT
+        assert (targets[0] / "d/low").read_bytes() == b"l"
+        daemon.kill()
+        trees = sorted((daemon.root / "layers/sha256").glob("*/tree*"))
+        assert len(trees) == 3
+        for tree in trees:
+            damage(tree)
+        registry.fault(Status(status=500, count=-1))
+        daemon.start()
+        assert (targets[1] / "d/up").read_bytes() == CONTENT  # waits until its mount has a tree again
+        assert (targets[1] / "d").stat().st_mode & 0o777 == 0o711
+        assert (targets[0] / "d/low").read_bytes() == b"l"
+        assert sorted((daemon.root / "layers/sha256").glob("*/tree*")) == trees
+
+
+def test_a_tree_of_a_newer_version_is_made_again(daemon: Daemon, image: IndexedImage) -> None:
+    mounted = pull(daemon_started(daemon), image)
     daemon.cleanup()
     (layer,) = (daemon.root / "layers/sha256").iterdir()
     of_a_newer_version(*layer.glob("tree*"))
     daemon.start()
-    assert daemon.status()["mounts"] == []
-    assert any(record.get("msg") == "a lazy mount could not be restored" for record in daemon.records())
-    with client_of(daemon) as client:
-        with pytest.raises(Unavailable):
+    wait_until(lambda: daemon.status()["mounts"], timeout=30, what="it is mounted anew")
+    assert (mounted / "file").read_bytes() == CONTENT
+
+
+def test_a_layer_without_tree_and_ztoc_comes_back_with_its_registry(daemon: Daemon) -> None:
+    with Registry() as registry:
+        image = publish(registry, [tar({"file": CONTENT})])
+        mounted = pull(daemon_started(daemon), image)
+        daemon.cleanup()
+        (layer,) = (daemon.root / "layers/sha256").iterdir()
+        for name in ("tree", "ztoc"):
+            (layer / name).unlink()
+        fault = registry.fault(Status(status=404, count=-1, path=image.layers[0].ztoc_digest))
+        daemon.start()
+        wait_until(lambda: fault.hits, timeout=30, what="the first try has failed")
+        with client_of(daemon) as client, pytest.raises(Unavailable):
             client.view("view", CHAIN)
-        client.remove(CHAIN)
-        client.cleanup()
-    pull(daemon, image)
+        registry.clear_faults()
+        wait_until(lambda: daemon.status()["mounts"], timeout=60, what="it is mounted at last")
+        assert (mounted / "file").read_bytes() == CONTENT
 
 
 def test_snapshots_that_were_half_removed_are_removed_or_named(daemon: Daemon, image: IndexedImage) -> None:

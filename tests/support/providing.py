@@ -208,6 +208,7 @@ def _compose(
         read_budget=options.read_budget,
         read_ahead_kb=128,
         on_gone=lambda spec, _counters: parts[0].provider.gone(spec),
+        mend=lambda spec: parts[0].provider.mend(spec),  # noqa: PLW0108 - the provider is made after
     )
     layers = LayerStore(root, tidy=True)
     unpacker = Unpacker(root, client)
