@@ -53,6 +53,12 @@ _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class OldKernelDaemon(Daemon):
+    """The daemon as it is before Linux 6.9."""
+
+    program = oldkernel.__name__
+
+
 class NotLazy(Exception):
     """A pull in which a layer was left to containerd. No error: laziness that fails never fails a pull."""
 
@@ -114,7 +120,8 @@ class Rig:
             ),
         )
         self._undo.callback(self.registry.close)
-        self.daemon = Daemon(
+        kind = OldKernelDaemon if self._old_kernel else Daemon
+        self.daemon = kind(
             self._workdir / "d",
             {
                 "fuse": {"read_budget_sec": self._budget, "idle_timeout_sec": 3.0},
@@ -127,8 +134,6 @@ class Rig:
             },
             prefix=self.network.client.prefix,
         )
-        if self._old_kernel:
-            self.daemon.program = oldkernel.__name__
         self._undo.callback(self.daemon.cleanup)
         self.daemon.root.mkdir(mode=0o700)
         self.holder = self._undo.enter_context(
