@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench import code, coldstart, fullpull, mounts, readme, transfer
+from bench import code, coldstart, fullpull, mounts, readme, restart, transfer
 from bench import image as images
 from bench.demo import orderly_end
 from bench.figures import Figure, summary
@@ -74,6 +74,7 @@ SECTIONS: dict[str, Section] = {
     "code": lambda _: code.figures(),
     "transfer": transfer.figures,
     "mounts": lazy_mounts,
+    "restart": restart.figures,
     "fullpull": fullpull.figures,
     "coldstart": cold_starts,
 }

@@ -47,6 +47,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("wake-up of a layer of 20k files to its first reply", "ms", 50, known="fork to first reply 9-16"),
     Goal("prepare, 20k files, artifacts on disk", "ms", 50),
     Goal("prepare, 20k files, first time, without the network", "ms", 300),
+    Goal("daemon restart with 50 mounts, until gRPC answers", "ms", 700),
+    Goal("network requests of ten restarts with 50 mounts", "", 0),
     Goal("memory, all idle", "MB", 90, known="reference 42"),
     Goal("memory, 4 lazy layers awake", "MB", 130, known="reference 247"),
     Goal("memory, one awake server of 20k files", "MB", 8),
