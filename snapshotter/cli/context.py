@@ -174,15 +174,15 @@ class Context:
         options = self.arguments
         if options.tlskey and not options.tlscert:
             raise UsageError("--tlskey: needs --tlscert, the certificate of that key")
-        # nerdctl passes all of its places, there or not, joined by commas.
-        directories = [path for path in map(Path, options.hosts_dir.split(",")) if path.is_dir()]
-        if directories:
-            return ConfiguredHosts({}, HostsDirectories(directories), plain_http=plain_http)
         trust = Trust(
             (options.tlscacert,) if options.tlscacert else (),
             ((options.tlscert, options.tlskey or ""),) if options.tlscert else (),
             options.skip_verify,
         )
+        # nerdctl passes all of its places, there or not, joined by commas.
+        directories = [path for path in map(Path, options.hosts_dir.split(",")) if path.is_dir()]
+        if directories:
+            return ConfiguredHosts({}, HostsDirectories(directories, trust=trust), plain_http=plain_http)
         return OwnHosts(plain_http=plain_http, trust=trust)
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +18,10 @@ from snapshotter.cli.build_options import create_options
 from snapshotter.cli.buildreport import BuildReport
 from snapshotter.cli.context import Context
 from snapshotter.cli.publish import Publication, Push
-from snapshotter.cli.remotecontent import RegistryContent
+from snapshotter.cli.remotecontent import LAYERS, RegistryContent
 from snapshotter.cli.transfer import Destination
 from snapshotter.heap import use_one_heap
+from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor, Platform
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
@@ -80,9 +81,13 @@ def convert_in_registry(
     reference = Reference.parse(context.arguments.source)
 
     async def run() -> ConvertedImage:
-        async with _open(context, reference, report) as work, context.registry(destination) as registry:
+        async with (
+            _open(context, reference, report) as work,
+            context.registry(destination) as registry,
+            open_nursery() as nursery,
+        ):
             await registry.push_blob(destination, CONFIG_BLOB)
-            target = Destination(registry, destination, work.content, reference)
+            target = Destination(registry, destination, work.content, reference, nursery)
             work.content.sink = target.sink
             source = Overlay(work.store, work.content)
 
@@ -101,6 +106,7 @@ def convert_in_registry(
 @contextlib.asynccontextmanager
 async def _open(context: Context, reference: Reference, report: BuildReport) -> AsyncIterator[_Work]:
     options = create_options(context.arguments)
+    options = replace(options, workers=min(options.workers, LAYERS))
     # Ranges come and go in many threads; a heap for each would keep some of them for ever.
     use_one_heap()
     async with context.registry(reference) as registry:

@@ -9,11 +9,14 @@ Concurrency: made and closed in the task of a trio run; the methods are for thre
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, Protocol, TypeVar
+from functools import partial
+from types import TracebackType
+from typing import Final, Protocol, Self, TypeVar
 
 import trio
 
@@ -24,15 +27,18 @@ from snapshotter.oci.manifest import ImageManifest, parse
 from snapshotter.oci.media_types import INDEX_TYPES, MANIFEST_TYPES
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.sending import Piece
 from snapshotter.soci.content import CHUNK_SIZE, MAX_DOCUMENT_SIZE
 from snapshotter.units import Digest
 
-RANGE: Final = 8 << 20
-"""Bytes per request: with the ranges ahead, some 30 MB of memory per layer at a time."""
-AHEAD: Final = 2
+RANGE: Final = 4 << 20
+"""Bytes per request."""
+AHEAD: Final = 4
+"""Ranges of a layer that are on their way or waiting: with what is worked on and sent on, some 32 MB for each layer."""
+LAYERS: Final = 4
+"""Layers that are read at the same time, however many processors there are: memory is to stay below 300 MB."""
 
 T = TypeVar("T")
-Piece = bytes | bytearray | memoryview
 
 
 class Sink(Protocol):
@@ -57,7 +63,7 @@ class RegistryContent:
         self._registry = registry
         self._reference = reference
         self._token = trio.lowlevel.current_trio_token()
-        self._ranges = RangeReader(registry, reference, connections=8)
+        self._ranges = RangeReader(registry, reference, connections=LAYERS * AHEAD)
         self._known: dict[Digest, Descriptor] = {root.digest: root}
         """What some document has named; a dict is safe to add to from several threads."""
         self._documents: dict[Digest, bytes] = {}
@@ -94,32 +100,27 @@ class RegistryContent:
     def chunks(self, digest: Digest) -> Iterator[bytes]:
         """Yield a whole layer in pieces, not verified. Raises NotFound, RegistryError."""
         layer = self._entry(digest)
-        sink = self.sink(layer)
-        try:
-            for piece in self.pieces(layer):
+        # The first ranges are asked for while another registry is asked whether it wants them.
+        with self._ahead(layer, 0, layer.size) as ahead:
+            sink = self.sink(layer)
+            try:
+                for piece in self._in_order(layer, ahead):
+                    if sink is not None:
+                        sink.write(piece)
+                    view = memoryview(piece)
+                    for start in range(0, len(view), CHUNK_SIZE):
+                        yield bytes(view[start : start + CHUNK_SIZE])
                 if sink is not None:
-                    sink.write(piece)
-                view = memoryview(piece)
-                for start in range(0, len(view), CHUNK_SIZE):
-                    yield bytes(view[start : start + CHUNK_SIZE])
-            if sink is not None:
-                sink.commit()
-        except BaseException:
-            if sink is not None:
-                sink.abort()
-            raise
-
-    def pieces(self, layer: Descriptor) -> Iterator[Piece]:
-        """Yield a whole layer in pieces, not verified, and give it to nobody else."""
-        begun = False
-        try:
-            for piece in self._by_ranges(layer):
-                begun = True
-                yield piece
-        except RangeNotHonoured:
-            if begun:
+                    sink.commit()
+            except BaseException:
+                if sink is not None:
+                    sink.abort()
                 raise
-            yield from self._by_stream(layer)
+
+    def pieces(self, layer: Descriptor, start: int, end: int) -> Iterator[Piece]:
+        """Yield the bytes `[start, end)` of a layer in pieces, not verified, and give them to nobody else."""
+        with self._ahead(layer, start, end) as ahead:
+            yield from self._in_order(layer, ahead)
 
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do `work` in the trio run and return its result."""
@@ -127,29 +128,35 @@ class RegistryContent:
             raise SnapshotterError(f"{self._reference.locator}: interrupted")
         return trio.from_thread.run(work, trio_token=self._token)
 
-    def _by_ranges(self, layer: Descriptor) -> Iterator[Piece]:
-        starts = iter(range(0, layer.size, RANGE))
-        coming: deque[Future[Piece]] = deque()
-        with ThreadPoolExecutor(AHEAD, thread_name_prefix="range") as pool:
-            try:
-                while True:
-                    while len(coming) < AHEAD and (start := next(starts, None)) is not None:
-                        coming.append(pool.submit(self._range, layer, start))
-                    if not coming:
-                        return
-                    yield coming.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+    def _ahead(self, layer: Descriptor, start: int, end: int) -> _Ahead:
+        def read(one: int, other: int) -> Piece:
+            return self.call(lambda: self._ranges.read(layer, one, other))
 
-    def _range(self, layer: Descriptor, start: int) -> Piece:
-        end = min(start + RANGE, layer.size)
-        return self.call(lambda: self._ranges.read(layer, start, end))
+        return _Ahead(read, start, end)
 
-    def _by_stream(self, layer: Descriptor) -> Iterator[Piece]:
+    def _in_order(self, layer: Descriptor, ahead: _Ahead) -> Iterator[Piece]:
+        """Yield what `ahead` reads of a layer, from one connection if the registry has no ranges."""
+        begun = False
+        try:
+            for piece in ahead:
+                begun = True
+                yield piece
+        except RangeNotHonoured:
+            if begun:
+                raise
+            with contextlib.closing(self._by_stream(layer, ahead.start, ahead.end)) as pieces:
+                yield from pieces
+
+    def _by_stream(self, layer: Descriptor, start: int, end: int) -> Generator[Piece, None, None]:
+        """Yield the bytes `[start, end)` of a layer, all of which is read for it."""
         stream = self._registry.stream_blob(self._reference, layer)
+        position = 0
         try:
             while (piece := self.call(lambda: anext(stream, None))) is not None:
-                yield piece
+                wanted = piece[max(start - position, 0) : max(end - position, 0)]
+                position += len(piece)
+                if wanted:
+                    yield wanted
         finally:
             self.call(stream.aclose)
 
@@ -176,3 +183,38 @@ class RegistryContent:
         for child in children:
             self._known.setdefault(child.digest, child)
         return data
+
+
+class _Ahead:
+    """The bytes `[start, end)` of a layer in order, range after range; some are asked for before they are wanted.
+
+    A context manager: what is on its way when it ends is not waited for.
+    """
+
+    def __init__(self, read: Callable[[int, int], Piece], start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self._read = read
+        self._starts = iter(range(start, end, RANGE))
+        self._coming: deque[Future[Piece]] = deque()
+        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="range")
+        self._ask()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Piece]:
+        while self._coming:
+            piece = self._coming.popleft().result()
+            self._ask()
+            yield piece
+
+    def _ask(self) -> None:
+        """Ask for as many ranges as may be ahead."""
+        while len(self._coming) < AHEAD and (start := next(self._starts, None)) is not None:
+            self._coming.append(self._pool.submit(partial(self._read, start, min(start + RANGE, self.end))))

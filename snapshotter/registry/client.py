@@ -9,6 +9,7 @@ Concurrency: any number of tasks of one trio run.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -36,9 +37,10 @@ from snapshotter.registry.hosts import NO_LIMIT, Host, Hosts, OwnHosts
 from snapshotter.registry.keychain import Keychain
 from snapshotter.registry.replies import check_content_range
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy, Timeouts
-from snapshotter.registry.session import Call, Session, blob_call, is_home, manifest_call
+from snapshotter.registry.sending import SendingClient
+from snapshotter.registry.session import Call, Session, blob_call, headers_for, manifest_call
 from snapshotter.registry.source import BlobSource
-from snapshotter.registry.upload import BlobUpload
+from snapshotter.registry.upload import BlobUpload, Source
 from snapshotter.registry.wire import USER_AGENT, Reply, host_of
 from snapshotter.units import Digest, parse_digest, sha256_digest
 
@@ -86,6 +88,11 @@ class RegistryClient:
             user_agent=user_agent,
             ca_file=ca_file,
         )
+        self._make_sender = functools.partial(
+            SendingClient, timeouts=timeouts, user_agent=user_agent, ca_file=ca_file
+        )
+        self._sender: SendingClient | None = None
+        """Made when it is needed: most clients push nothing."""
         self._sources: OrderedDict[tuple[str, Digest], BlobSource] = OrderedDict()
         self._source_flights: Flights[tuple[str, Digest], BlobSource] = Flights()
         self._fallback_lock = trio.Lock()
@@ -97,6 +104,8 @@ class RegistryClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.aclose()
+        if self._sender is not None:
+            self._sender.close()
 
     def statistics(self) -> Statistics:
         """Return the counts so far."""
@@ -190,9 +199,11 @@ class RegistryClient:
         """Upload `data` unless the repository has it, and return its descriptor."""
         return await push.push_blob(self._session, ref, data, media_type)
 
-    def upload(self, ref: Reference, digest: Digest) -> BlobUpload:
-        """Return an upload by pieces into the repository of `ref`, not begun yet."""
-        return BlobUpload(self._session, ref, digest)
+    def upload(self, ref: Reference, blob: Descriptor, source: Source) -> BlobUpload:
+        """Return an upload into the repository of `ref`, not begun yet: `source` yields the blob from an offset on."""
+        if self._sender is None:
+            self._sender = self._make_sender()
+        return BlobUpload(self._session, self._sender, ref, blob, source)
 
     async def mount_blob(self, ref: Reference, digest: Digest, source_repository: str) -> bool:
         """Have the registry take a blob over from another of its repositories; say whether it did."""
@@ -247,16 +258,9 @@ class RegistryClient:
             raise RangeNotHonoured(f"{call.what}: {where} answers a range request with everything")
         await self._session.wire.read(response, call.what, limit=2, deadline=deadline)
         check_content_range(call.what, where, response.headers.get("Content-Range"), 0, 2)
-        headers = {}
-        if is_home(host, response.url):
-            authorization = response.request.headers.get("Authorization")
-            headers = dict(host.headers)
-            if authorization is not None:
-                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-                headers["Authorization"] = authorization
         return BlobSource(
             str(response.url),
-            headers,
+            headers_for(host, response, response.url),
             where,
             call.what,
             host.name if is_mirror else "",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from snapshotter.registry.hosts import EVERYTHING, Host, named_host, own_host
-from snapshotter.registry.tls import Trust
+from snapshotter.registry.tls import SYSTEM, Trust
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +36,10 @@ MAX_FILE: Final = 1 << 20
 class HostsDirectories:
     """The hosts that directories like /etc/containerd/certs.d name. The first that knows a registry decides."""
 
-    def __init__(self, directories: Sequence[Path]) -> None:
+    def __init__(self, directories: Sequence[Path], *, trust: Trust = SYSTEM) -> None:
+        """`trust` is every host's, besides what the directories say of it."""
         self._directories = tuple(directories)
+        self._trust = trust
         self._read: dict[str, tuple[_Stamp, tuple[Host, ...]]] = {}
         self.problems: dict[str, int] = {}
         """Mistakes by file, as of its last reading."""
@@ -46,11 +48,11 @@ class HostsDirectories:
         """Return the hosts of `registry`, the registry itself last; never empty."""
         directory = self._find(registry)
         if directory is None:
-            return (own_host(registry, plain_http=plain_http),)
+            return (own_host(registry, plain_http=plain_http, trust=self._trust),)
         stamp = _stamp(directory)
         known = self._read.get(registry)
         if known is None or known[0] != stamp:
-            reader = _Reader(directory, registry, plain_http, stamp)
+            reader = _Reader(directory, registry, plain_http, stamp, self._trust)
             known = self._read[registry] = (stamp, reader.hosts())
             self._report(directory, reader.problems)
         return known[1]
@@ -75,15 +77,18 @@ class HostsDirectories:
 class _Reader:
     """Reads one directory; `problems` grows meanwhile."""
 
-    def __init__(self, directory: Path, registry: str, plain_http: bool | None, stamp: _Stamp) -> None:
+    def __init__(
+        self, directory: Path, registry: str, plain_http: bool | None, stamp: _Stamp, trust: Trust
+    ) -> None:
         self._directory = directory
         self._registry = registry
         self._plain_http = plain_http
         self._stamp = max((changed for _, changed, _ in stamp), default=0)
+        self._default = trust
         self.problems: list[str] = []
 
     def hosts(self) -> tuple[Host, ...]:
-        own = own_host(self._registry, plain_http=self._plain_http)
+        own = own_host(self._registry, plain_http=self._plain_http, trust=self._default)
         path = self._directory / "hosts.toml"
         try:
             with path.open("rb") as file:
@@ -142,7 +147,8 @@ class _Reader:
             capabilities = frozenset(names) & EVERYTHING
         authorities = tuple(self._file(path) for path in _texts(settings.get("ca", []), "ca"))
         ours = tuple(self._client(settings.get("client", [])))
-        trust = self._trust(authorities, ours, skip_verify=_flag(settings, "skip_verify"))
+        skip_verify = _flag(settings, "skip_verify") if "skip_verify" in settings else None
+        trust = self._trust(authorities, ours, skip_verify)
         dial = settings.get("dial_timeout")
         return replace(
             host,
@@ -176,10 +182,20 @@ class _Reader:
         return self._trust(authorities, tuple(pairs))
 
     def _trust(
-        self, authorities: tuple[str, ...], ours: tuple[tuple[str, str], ...], *, skip_verify: bool = False
+        self,
+        authorities: tuple[str, ...],
+        ours: tuple[tuple[str, str], ...],
+        skip_verify: bool | None = None,
     ) -> Trust:
-        # Without files of its own a host shares its connections with all others, whatever changes here.
-        return Trust(authorities, ours, skip_verify, self._stamp if authorities or ours else 0)
+        """Return the trust of a host of which the files say this; None: nothing about that."""
+        default = self._default
+        return Trust(
+            (*default.ca_files, *authorities),
+            (*default.client_certificates, *ours),
+            default.skip_verify if skip_verify is None else skip_verify,
+            # Without files of its own a host shares its connections with all others, whatever changes here.
+            self._stamp if authorities or ours else default.stamp,
+        )
 
     def _file(self, path: str) -> str:
         return str(self._directory / path)

@@ -17,29 +17,21 @@ from pathlib import Path
 from typing import Final
 
 import urllib3
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    LocationValueError,
-    NewConnectionError,
-    ProtocolError,
-    ReadTimeoutError,
-)
+from urllib3.exceptions import HTTPError
 
 from snapshotter.errors import (
     AuthenticationFailed,
-    ConfigError,
     RangeNotHonoured,
     RegistryRefused,
     RegistryTimeout,
-    RegistryUnavailable,
     ShortBody,
 )
+from snapshotter.registry.failures import translated
 from snapshotter.registry.pools import Pools
 from snapshotter.registry.replies import MAX_ERROR_BODY, check_content_range, error_for
 from snapshotter.registry.retry import DEFAULT_TIMEOUTS, Timeouts
 from snapshotter.registry.source import BlobSource
-from snapshotter.registry.tls import silence_libraries, system_reason, untrusted
+from snapshotter.registry.tls import silence_libraries
 from snapshotter.registry.wire import USER_AGENT
 
 PIECE: Final = 256 << 10
@@ -121,7 +113,7 @@ class RangeClient:
         timeout = urllib3.Timeout(min(self._timeouts.connect, patience), min(self._timeouts.read, patience))
         # HTTP's ranges are closed: the only place where an end is inclusive.
         headers = self._headers | dict(source.headers) | {"Range": f"bytes={start}-{end - 1}"}
-        with _translated(what, source.host, in_body=False):
+        with translated(what, source.host, in_body=False):
             response = self._pools.find(source.url, source.trust).request(
                 "GET",
                 source.url,
@@ -178,35 +170,5 @@ class _Body:
         sock = getattr(self._response.connection, "sock", None)
         if sock is not None and sock.gettimeout() > left:
             sock.settimeout(left)
-        with _translated(self._what, self._host, in_body=True):
+        with translated(self._what, self._host, in_body=True):
             return self._response.read1(size, decode_content=False)
-
-
-@contextlib.contextmanager
-def _translated(what: str, host: str, *, in_body: bool) -> Iterator[None]:
-    """Turn what urllib3 raises into our own errors, without its texts, which may show the URL."""
-    try:
-        yield
-    except ConfigError as error:
-        raise RegistryRefused(f"{what}: {host} cannot be asked: {error}") from None
-    except NewConnectionError as error:
-        # To urllib3 it is a kind of timeout.
-        raise RegistryUnavailable(f"{what}: cannot reach {host}: {system_reason(error)}") from None
-    except ConnectTimeoutError:
-        raise RegistryTimeout(f"{what}: too slow connecting to {host}") from None
-    except ReadTimeoutError:
-        raise RegistryTimeout(f"{what}: too slow talking to {host}") from None
-    except LocationValueError:
-        raise RegistryRefused(f"{what}: its source is no URL") from None
-    except ProtocolError:
-        if in_body:
-            raise ShortBody(f"{what}: {host} ended the body early") from None
-        raise RegistryUnavailable(f"{what}: {host} ended the connection without a reply") from None
-    except ValueError:
-        # http.client's word about a header that holds a line break; it shows the header.
-        raise RegistryRefused(f"{what}: the request to {host} cannot be written as HTTP") from None
-    except (HTTPError, OSError) as error:
-        reason = untrusted(error)
-        if reason is not None:
-            raise RegistryRefused(f"{what}: certificate of {host} is not trusted: {reason}") from None
-        raise RegistryUnavailable(f"{what}: cannot reach {host}: {system_reason(error)}") from None

@@ -290,6 +290,17 @@ def is_home(host: Host, url: httpx.URL) -> bool:
     return same_origin(url, httpx.URL(f"{host.scheme}://{host.authority}/"))
 
 
+def headers_for(host: Host, response: httpx.Response, url: httpx.URL) -> dict[str, str]:
+    """Return the headers that may go to `url` of those by which `host` gave `response`: its own, and who asked."""
+    if not is_home(host, url):
+        return {}
+    authorization = response.request.headers.get("Authorization")
+    if authorization is None:
+        return dict(host.headers)
+    headers = {name: value for name, value in host.headers.items() if name.lower() != "authorization"}
+    return headers | {"Authorization": authorization}
+
+
 def outcome_of(error: Exception) -> Outcome:
     """Return what an error says about the host that it comes from."""
     if isinstance(error, CorruptData):

@@ -23,6 +23,7 @@ from tests.cli.conftest import Soci
 from tests.support.dockerregistry import DockerRegistry
 from tests.support.images import Image, ImageBuilder
 from tests.support.registry import Basic, Registry, Status
+from tests.support.tls import make_certificate
 
 ALL = ("--min-layer-size", "0", "--span-size", "65536")
 
@@ -197,6 +198,22 @@ def test_what_nerdctl_says_is_understood(soci: Soci, image: Image, layout: tuple
         nerdctl = ("--skip-verify", "--plain-http", "--hosts-dir", "/nowhere/certs.d,/nowhere/else")
         soci("push", *nerdctl, *layout, name)
         check_published(name, image, soci, local_index(soci))
+
+
+def test_trust_of_the_command_line_holds_beside_the_hosts_directory(
+    soci: Soci, image: Image, layout: tuple[str, Path], tmp_path: Path
+) -> None:
+    certificate = make_certificate(tmp_path)
+    with Registry(certificate=certificate) as registry:
+        name = hosted(registry, image)
+        soci("create", *ALL, *layout, name)
+        here = tmp_path / "certs.d" / registry.host
+        here.mkdir(parents=True)
+        (here / "hosts.toml").write_text(f'server = "https://{registry.host}"\n')
+        hosts = ("--hosts-dir", here.parent)
+        assert "is not trusted" in soci.fails("push", *hosts, *layout, name)
+        soci("push", *hosts, "--tlscacert", certificate.ca_file, *layout, name)
+        soci("push", *hosts, "--skip-verify", *layout, name)
 
 
 def test_credentials(soci: Soci, image: Image, layout: tuple[str, Path]) -> None:

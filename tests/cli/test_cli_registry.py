@@ -21,12 +21,13 @@ from snapshotter.oci.media_types import OCI_MANIFEST, SOCI_INDEX_V1
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.keychain import StaticKeychain
-from snapshotter.units import Digest, sha256_digest
+from snapshotter.units import Digest
 from tests.cli.conftest import Soci
 from tests.soci.images import multi_platform
+from tests.support import raw_tar
 from tests.support.dockerregistry import Credentials, DockerRegistry
-from tests.support.images import Image, ImageBuilder, layer
-from tests.support.registry import Drop, FlipByte, IgnoreRange, Registry, Stall, Status
+from tests.support.images import Image, ImageBuilder, layer, tar_layer
+from tests.support.registry import Drop, FlipByte, IgnoreRange, LoseReply, Registry, Stall, Status
 
 REMOTE = ("--registry", "--min-layer-size", "0")
 LARGE = 20 << 20
@@ -92,7 +93,7 @@ def test_convert_within_a_registry_moves_no_layer(
     before = len(docker_registry.requests())
     out = soci("convert", *REMOTE, name, f"{docker_registry.name}/remote/to:v2").out
     requests = docker_registry.requests()[before:]
-    assert not [one for one in requests if one.method == "PATCH"]
+    assert not [one for one in requests if one.method == "PUT" and image.layers[0].digest in one.path]
     served = sum(one.size for one in requests if one.kind == "blob" and image.layers[0].digest in one.path)
     assert image.layers[0].size <= served < image.layers[0].size + 1000
     soci("convert", "--standalone", "--min-layer-size", "0", image.layout, tmp_path / "out.tar")
@@ -173,7 +174,7 @@ def test_what_was_refused_midway_is_finished_by_the_next_run(soci: Soci) -> None
         assert fault.hits == 1
         there.clear_requests()
         soci("convert", *REMOTE, image.name, there.reference("copy", "v2"))
-        assert there.count(method="PATCH") == 0
+        assert not [one for one in there.matching(method="PUT") if "/blobs/" in one.path]
         assert len(json.loads(there.manifest("copy", "v2"))["manifests"]) == 2
 
 
@@ -191,23 +192,43 @@ def test_a_registry_that_hangs_up_has_no_index_until_the_next_run(soci: Soci) ->
         assert len(referrers(image.name, image.digest)) == 1
 
 
-def test_a_broken_upload_is_gone_on_with() -> None:
-    pieces = [b"a" * 100, b"b" * 100, b"c" * 100]
-    with Registry() as registry:
-        registry.fault(Drop(method="PATCH", skip=1))
-        registry.fault(Status(method="PATCH", skip=1))
+@pytest.mark.parametrize("after", [0, 3 << 20, None])
+def test_a_layer_whose_upload_breaks_is_read_again_from_there(soci: Soci, after: int | None) -> None:
+    with Registry() as here, Registry() as there:
+        data = layer({"a": os.urandom(6 << 20)}, level=0).content
+        assert isinstance(data, bytes)
+        image = here.add_image([data])
+        # The first PUT is that of the config blob.
+        broken = there.fault(LoseReply(method="PUT", path="/blobs/uploads", skip=1, after=after))
+        soci("convert", *REMOTE, image.name, there.reference("copy", "v2"))
+        assert broken.hits == 1
+        assert there.blob(image.layers[0].digest) == data
+        served = sum(one.sent for one in here.matching(method="GET") if image.layers[0].digest in one.path)
+        again = 0 if after is None else len(data) - after
+        assert len(data) + again <= served < len(data) + again + 1000
 
-        async def send() -> None:
-            async with RegistryClient(keychain=StaticKeychain({})) as client:
-                upload = client.upload(registry.reference("app"), sha256_digest(b"".join(pieces)))
-                await upload.open()
-                for piece in pieces:
-                    await upload.write(piece)
-                await upload.commit()
 
-        trio.run(send)
-        assert registry.blob(sha256_digest(b"".join(pieces))) == b"".join(pieces)
-        assert registry.count(method="GET", path="uploads") == 2
+def test_a_layer_that_turns_out_to_be_unfit_travels_all_the_same(soci: Soci) -> None:
+    unfit = raw_tar.entry(b"first", name=b"a") + raw_tar.entry(name=b"b", flag=b"V") + bytes(1024)
+    with Registry() as here, Registry() as there:
+        blobs = [layer({"a": os.urandom(1000)}).content, tar_layer(unfit).content]
+        image = here.add_image([one for one in blobs if isinstance(one, bytes)])
+        out = soci("convert", *REMOTE, image.name, there.reference("copy", "v2")).out
+        assert (
+            f"{image.layers[1].digest} (application/vnd.oci.image.layer.v1.tar+gzip) cannot be indexed" in out
+        )
+        assert [there.blob(one.digest) for one in image.layers] == blobs
+
+
+def test_an_upload_that_is_refused_ends_the_command(soci: Soci) -> None:
+    with Registry() as here, Registry() as there:
+        data = layer({"a": os.urandom(2 << 20)}, level=0).content
+        assert isinstance(data, bytes)
+        image = here.add_image([data])
+        there.fault(Status(method="PUT", path="/blobs/uploads", status=413, skip=1, count=-1))
+        error = soci.fails("convert", *REMOTE, image.name, there.reference("copy", "v2"))
+        assert f"upload of blob {image.layers[0].digest}" in error
+        assert "413" in error
 
 
 def test_a_registry_without_ranges_is_read_from_one_connection(soci: Soci) -> None:

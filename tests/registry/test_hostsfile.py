@@ -7,6 +7,7 @@ import pytest
 from snapshotter.registry.hosts import EVERYTHING, PULL, RESOLVE, Host, named_host
 from snapshotter.registry.hostsfile import HostsDirectories
 from snapshotter.registry.mirrors import ConfiguredHosts
+from snapshotter.registry.tls import Trust
 from tests.conftest import ExpectedLogs
 
 
@@ -24,6 +25,24 @@ def hosts(root: Path, registry: str) -> tuple[Host, ...]:
 def test_a_registry_that_no_directory_knows_stands_for_itself(tmp_path: Path) -> None:
     assert hosts(tmp_path, "docker.io") == (Host("docker.io", "https", "registry-1.docker.io"),)
     assert hosts(tmp_path / "absent", "localhost:5000") == (Host("localhost:5000", "http", "localhost:5000"),)
+
+
+def test_what_is_trusted_everywhere_is_trusted_besides_what_a_directory_says(tmp_path: Path) -> None:
+    write(tmp_path, "quiet.example", "")
+    write(tmp_path, "own.example", 'ca = "/own.pem"\nskip_verify = false\n')
+    (tmp_path / "docker.example").mkdir()
+    (tmp_path / "docker.example/more.crt").touch()
+    trust = Trust(("/ca.pem",), (("/client.pem", ""),), skip_verify=True)
+    found = HostsDirectories([tmp_path], trust=trust)
+    for registry in ("absent.example", "quiet.example"):
+        assert [host.trust for host in found.of(registry)] == [trust]
+    (own,) = found.of("own.example")
+    assert own.trust.ca_files == ("/ca.pem", "/own.pem")
+    assert own.trust.client_certificates == trust.client_certificates
+    assert not own.trust.skip_verify
+    (docker,) = found.of("docker.example")
+    assert docker.trust.ca_files == ("/ca.pem", str(tmp_path / "docker.example/more.crt"))
+    assert docker.trust.skip_verify
 
 
 def test_mirrors_come_in_the_order_of_the_file_and_the_registry_last(tmp_path: Path) -> None:

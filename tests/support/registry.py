@@ -49,6 +49,7 @@ from tests.support.registry_faults import (
     Fault,
     FlipByte,
     IgnoreRange,
+    LoseReply,
     Redirect,
     Slow,
     Stall,
@@ -61,8 +62,8 @@ from tests.support.registry_storage import Storage
 from tests.support.tls import Certificate
 
 __all__ = [
-    "Basic", "Bearer", "Drop", "Ecr", "ExpireToken", "ExpireUrl", "Fault", "FlipByte", "IgnoreRange", "Image", "NoAuth",
-    "Redirect", "ReferrersOptions", "Registry", "Request", "Slow", "Stall", "Status", "Truncate", "WrongRange",
+    "Basic", "Bearer", "Drop", "Ecr", "ExpireToken", "ExpireUrl", "Fault", "FlipByte", "IgnoreRange", "Image", "LoseReply",
+    "NoAuth", "Redirect", "ReferrersOptions", "Registry", "Request", "Slow", "Stall", "Status", "Truncate", "WrongRange",
 ]  # fmt: skip
 
 AnyFault = TypeVar("AnyFault", bound=Fault)

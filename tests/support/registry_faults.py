@@ -54,6 +54,16 @@ class Drop(Fault):
 
 
 @dataclass(kw_only=True)
+class LoseReply(Fault):
+    """Does what is asked, and resets the connection instead of saying so.
+
+    With `after`, only that many bytes of an upload have come when the connection breaks; they are kept.
+    """
+
+    after: int | None = None
+
+
+@dataclass(kw_only=True)
 class Truncate(Fault):
     """Closes the connection after `after` bytes of the announced body."""
 

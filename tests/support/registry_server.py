@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -27,6 +27,7 @@ from tests.support.registry_faults import (
     Fault,
     FlipByte,
     IgnoreRange,
+    LoseReply,
     Redirect,
     Slow,
     Stall,
@@ -218,6 +219,14 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Drop):
             if not fault.politely:
                 self.server.reset(self.connection)
+            self.close_connection = True
+            return
+        if isinstance(fault, LoseReply):
+            taken = request
+            if fault.after is not None:
+                taken = replace(request, method="PATCH", body=request.body[: fault.after])
+            self.server.application(taken, None)
+            self.server.reset(self.connection)
             self.close_connection = True
             return
         if isinstance(fault, Stall) and fault.after is None:
