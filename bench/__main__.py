@@ -16,7 +16,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bench import code, coldstart, fullpull, mounts, readme, restart, transfer
+from bench import (
+    background,
+    code,
+    coldstart,
+    fullpull,
+    growth,
+    misses,
+    mounts,
+    prepare,
+    readme,
+    restart,
+    transfer,
+)
 from bench import image as images
 from bench.demo import orderly_end
 from bench.figures import Figure, summary
@@ -73,6 +85,10 @@ def lazy_mounts(directory: Path) -> Iterator[Figure]:
 SECTIONS: dict[str, Section] = {
     "code": lambda _: code.figures(),
     "transfer": transfer.figures,
+    "misses": misses.figures,
+    "prepare": lambda directory: prepare.figures(directory, tell=_tell),
+    "background": background.figures,
+    "growth": growth.figures,
     "mounts": lazy_mounts,
     "restart": restart.figures,
     "fullpull": fullpull.figures,

@@ -59,6 +59,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("cold-page 4 KiB reads over a C server", "x", 0.5, "more"),
     Goal("uncached lookups over a C server", "x", 0.5, "more"),
     Goal("1 MiB sequential over a C server", "x", 0.5, "more"),
+    Goal("background on an idle link over the link", "x", 0.8, "more", known="reference: 8 MiB/s at most"),
+    Goal("a reader's median wait beside the background over idle", "x", 2.0),
     Goal("ranges over TLS, loopback", "MB/s", 600, "more"),
     Goal("ranges over TLS, client", "CPU s per GB", 1.5, known="urllib3, http.client 0.9-1.3"),
     Goal("code, median lines of a module", "", 180),

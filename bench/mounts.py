@@ -1,7 +1,8 @@
 """Lazy mounts by themselves: what listing and reading many files takes, how soon a sleeping layer answers, and memory.
 
 All of it on the largest layer, by number of files, of the large image, on loopback. Files are looked at by programs of
-their own, because whoever holds a mount's descriptor must not. The reference's mounts are measured in the same run.
+their own, because whoever holds a mount's descriptor must not. The reference's mount of the same layer takes turns with
+ours, and medians are compared.
 
 Concurrency: one thread.
 """
@@ -28,6 +29,7 @@ IDLE_SECONDS = 10
 """After which servers end here: long enough for all to be awake at once, and shorter than the minute that is usual."""
 
 WAKES = 5
+ROUNDS = 3
 FILES = 10_000
 
 _LOOK = """\
@@ -48,33 +50,34 @@ class Sleepy(Ours):
 
 def figures(site: Site, reference: str) -> Iterator[Figure]:
     """Yield the figures of the image `reference`. Raises AssertionError."""
-    theirs = _times(site, Reference(site), reference) if Reference.available() else {}
     ours = Sleepy(site)
+    theirs = Reference(site) if Reference.available() else None
     try:
         ours.pull(reference)
         ours.run(reference)
         ours.wait_complete()
         largest = _largest(ours)
-        for name, seconds in walks(site.directory, largest).items():
+        places = {"ours": largest}
+        if theirs is not None:
+            theirs.pull(reference)
+            places["reference"] = _largest(theirs)
+        times = by_turns(site.directory, places)
+        if theirs is not None:
+            theirs.close()
+        for name, seconds in times["ours"].items():
             target = goal(name)
-            if theirs:
-                yield target.figure(
-                    seconds / theirs[name], ours_s=round(seconds, 3), reference_s=round(theirs[name], 3)
-                )
+            if theirs is not None:
+                other = times["reference"][name]
+                detail = {"ours_s": round(seconds, 3), "reference_s": round(other, 3)}
+                yield target.figure(seconds / other, **detail)
             else:
                 yield target.figure(None, reason="the reference is not on this machine")
         yield from _memory(ours, largest)
         yield _wake(ours, largest)
     finally:
         ours.close()
-
-
-def _times(site: Site, contender: Contender, reference: str) -> dict[str, float]:
-    try:
-        contender.pull(reference)
-        return walks(site.directory, _largest(contender))
-    finally:
-        contender.close()
+        if theirs is not None:
+            theirs.close()
 
 
 def _largest(contender: Contender) -> Path:
@@ -88,12 +91,29 @@ def _largest(contender: Contender) -> Path:
     return max(mounts, key=lambda mount: shell(f"find {mount} | wc -l")[1])
 
 
-def walks(directory: Path, mount: Path) -> dict[str, float]:
-    """Return the seconds of `find` and of `tar`, by the name of their goals."""
-    listing = directory / f"files-{time.monotonic_ns():x}"
-    shell(f"find {mount} -type f | head -n {FILES} >{listing}")
-    tar, find = f"tar -cPf - -T {listing} | cat >/dev/null", f"find {mount} -printf '%s\\n' | wc -l"
-    shell(tar)  # now its spans are there
+def by_turns(
+    directory: Path, mounts: Mapping[str, Path], rounds: int = ROUNDS
+) -> dict[str, dict[str, float]]:
+    """Return the median seconds of `find` and of `tar` on each of the mounts, by the name of their goals."""
+    commands = {}
+    for who, mount in mounts.items():
+        listing = directory / f"files-{who}"
+        shell(f"find {mount} -type f | sort | head -n {FILES} >{listing}")
+        tar = f"tar -cPf - -T {listing} | cat >/dev/null"
+        shell(tar)  # now its spans are there
+        commands[who] = f"find {mount} -printf '%s\\n' | wc -l", tar
+    trials: dict[str, list[dict[str, float]]] = {who: [] for who in mounts}
+    for number in range(rounds):
+        for who in sorted(mounts, reverse=bool(number % 2)):
+            trials[who].append(walks(*commands[who]))
+    return {
+        who: {name: statistics.median(trial[name] for trial in some) for name in some[0]}
+        for who, some in trials.items()
+    }
+
+
+def walks(find: str, tar: str) -> dict[str, float]:
+    """Return the seconds of the commands, cold and once more, by the name of their goals."""
     times = {}
     for what, command in (
         ("find of 20k entries over reference, cold", find),

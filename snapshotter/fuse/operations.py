@@ -57,24 +57,44 @@ def _counted(kind: str) -> Callable[[_Handler], _Handler]:
         async def wrapper(self: LayerOperations, *arguments: Any) -> Any:
             relay = self.relay
             slot = relay.begin() if relay is not None else 0
-            page = self.counters
-            page.add_at(self.request_index[kind])
+            self.words[self.request_index[kind]] += 1
             self.in_flight += 1
             try:
                 return await handler(self, *arguments)
             except pyfuse3.FUSEError:
                 raise
             except Exception as error:  # the session of all readers must go on
-                page.add(f"failures_{kind}")
-                number = errno_of(error)
-                _log.warning("request failed", extra={"request": kind, "errno": number, "error": repr(error)})
-                raise pyfuse3.FUSEError(number) from error
+                raise self._failure(kind, error) from error
             finally:
                 self.in_flight -= 1
                 if relay is not None:
                     relay.end(slot)
 
         return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+def _counted_at_once(kind: str) -> Callable[[Callable[..., Any]], Any]:
+    """The same for a handler that never waits: an ordinary function, of which pyfuse3 sees a coroutine."""
+
+    def decorate(handler: Callable[..., Any]) -> Any:
+        @functools.wraps(handler)
+        async def wrapper(self: LayerOperations, *arguments: Any) -> Any:
+            relay = self.relay
+            slot = relay.begin() if relay is not None else 0
+            self.words[self.request_index[kind]] += 1
+            try:
+                return handler(self, *arguments)
+            except pyfuse3.FUSEError:
+                raise
+            except Exception as error:  # the session of all readers must go on
+                raise self._failure(kind, error) from error
+            finally:
+                if relay is not None:
+                    relay.end(slot)
+
+        return wrapper
 
     return decorate
 
@@ -91,6 +111,7 @@ class LayerOperations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.counters = counters
+        self.words = counters.words
         self.relay = relay
         """Told of every handler's start and end, where the kernel cannot send requests again."""
         self.in_flight = 0
@@ -102,7 +123,15 @@ class LayerOperations(pyfuse3.Operations):
         }
         self._tree = tree
         self._contents = contents
+        self._read_bytes = counters.index("read_bytes")
         self._no_getxattr = not tree.flags & (TreeFlags.HAS_XATTRS | TreeFlags.HAS_OPAQUE)
+
+    def _failure(self, kind: str, error: Exception) -> pyfuse3.FUSEError:
+        """Count and log what a handler raised; return what its reader gets."""
+        self.counters.add(f"failures_{kind}")
+        number = errno_of(error)
+        _log.warning("request failed", extra={"request": kind, "errno": number, "error": repr(error)})
+        return pyfuse3.FUSEError(number)
 
     def _attributes(self, ino: int) -> pyfuse3.EntryAttributes:
         mode, nlink, uid, gid, rdev, size, mtime_ns = self._tree.attributes(ino)
@@ -121,10 +150,8 @@ class LayerOperations(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = mtime_ns
         return entry
 
-    @_counted("lookup")
-    async def lookup(
-        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
+    @_counted_at_once("lookup")
+    def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Return the entry; an absent name is an entry with inode 0, which the kernel remembers."""
         ino = self._tree.lookup(parent_inode, name)
         if ino:
@@ -134,18 +161,18 @@ class LayerOperations(pyfuse3.Operations):
         absent.entry_timeout = kernel.FOREVER_S
         return absent
 
-    @_counted("getattr")
-    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+    @_counted_at_once("getattr")
+    def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         """Return the attributes of an inode."""
         return self._attributes(inode)
 
-    @_counted("readlink")
-    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+    @_counted_at_once("readlink")
+    def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
         """Return a symbolic link's target."""
         return self._tree.readlink(inode)
 
-    @_counted("open")
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    @_counted_at_once("open")
+    def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         """Open a file; its pages stay cached from one open to the next."""
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
@@ -154,21 +181,23 @@ class LayerOperations(pyfuse3.Operations):
         self, fh: int, off: int, size: int
     ) -> bytes | bytearray | memoryview:
         """Return a range of a file."""
-        data = await self._contents.read(fh, self._tree.row(fh), off, size)
-        self.counters.add("read_bytes", len(data))
+        data: bytes | bytearray | memoryview | None = self._contents.read_at_once(fh, off, size)
+        if data is None:
+            data = await self._contents.read(fh, self._tree.row(fh), off, size)
+        self.words[self._read_bytes] += len(data)
         return data
 
-    @_counted("release")
-    async def release(self, fh: int) -> None:
+    @_counted_at_once("release")
+    def release(self, fh: int) -> None:
         """Close a file: there is no state."""
 
-    @_counted("opendir")
-    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+    @_counted_at_once("opendir")
+    def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         """Open a directory; its handle is its inode."""
         return inode
 
-    @_counted("readdir")
-    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    @_counted_at_once("readdir")
+    def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List a directory from position `start_id`, with attributes; positions 0 and 1 are `.` and `..`."""
         tree = self._tree
         for position, name in ((0, b"."), (1, b"..")):
@@ -180,12 +209,12 @@ class LayerOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, name, self._attributes(ino), next_index + 2):
                 return
 
-    @_counted("releasedir")
-    async def releasedir(self, fh: int) -> None:
+    @_counted_at_once("releasedir")
+    def releasedir(self, fh: int) -> None:
         """Close a directory: there is no state."""
 
-    @_counted("statfs")
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+    @_counted_at_once("statfs")
+    def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Say how large the layer is: everything used, nothing free."""
         stat = pyfuse3.StatvfsData()
         stat.f_bsize = stat.f_frsize = _BLOCK_SIZE
@@ -194,8 +223,8 @@ class LayerOperations(pyfuse3.Operations):
         stat.f_namemax = kernel.NAME_MAX
         return stat
 
-    @_counted("getxattr")
-    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+    @_counted_at_once("getxattr")
+    def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         """Return an extended attribute. A layer that has none says ENOSYS, and is never asked again."""
         if self._no_getxattr:
             raise pyfuse3.FUSEError(errno.ENOSYS)
@@ -204,13 +233,13 @@ class LayerOperations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
-    @_counted("listxattr")
-    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> tuple[bytes, ...]:
+    @_counted_at_once("listxattr")
+    def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> tuple[bytes, ...]:
         """Return the names; always an answer, because ENOSYS here breaks copying from a volume's directory."""
         return self._tree.xattr_names(inode)
 
-    @_counted("flush")
-    async def flush(self, fh: int) -> None:
+    @_counted_at_once("flush")
+    def flush(self, fh: int) -> None:
         """Say that close(2) need not tell us."""
         raise pyfuse3.FUSEError(errno.ENOSYS)
 

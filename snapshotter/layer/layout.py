@@ -47,6 +47,7 @@ first_xattr, xattr_count. `entry` is one directory entry that leads here (NO_ENT
 
 NODE_ATTRIBUTES: Final = struct.Struct("<5I4xQq")
 NODE_PUBLIC: Final = struct.Struct("<5I4xQqQQ16s")
+NODE_EXTENT: Final = struct.Struct("<I20xQ8xQ")
 NODE_REFERENCES: Final = struct.Struct("<20xI48x4I")
 NO_ENTRY: Final = 0xFFFFFFFF
 

@@ -124,19 +124,29 @@ class Tree:
             raise KeyError(ino)
         return node
 
+    def extent(self, ino: int) -> tuple[int, int]:
+        """Return data_offset and size of `ino`, for hot paths. Raises KeyError for an unknown number."""
+        if not 0 < ino <= self._rows:
+            raise KeyError(ino)
+        mode, size, offset = layout.NODE_EXTENT.unpack_from(
+            self._map, layout.HEADER_SIZE + (ino - 1) * layout.NODE.size
+        )
+        if not mode:
+            raise KeyError(ino)
+        return offset, size
+
     def lookup(self, parent: int, name: bytes) -> int:
         """Return the inode called `name` in the directory `parent`, 0 when there is none."""
         key = zlib.crc32(name, parent)
-        position = key
-        for _ in range(layout.PROBES):
-            slot = self._slots[position & self._slot_mask]
+        slots, mask = self._slots, self._slot_mask
+        for position in range(key, key + layout.PROBES):
+            slot = slots[position & mask]
             if not slot:
                 return 0
             if slot >> 32 == key:
-                ino = self._entry_leads_to((slot & 0xFFFFFFFF) - 1, parent, name)
-                if ino:
+                offset, length, ino, directory = self._entry((slot & 0xFFFFFFFF) - 1)
+                if directory == parent and length == len(name) and self._heap(offset, length) == name:
                     return ino
-            position += 1
         return self._search(parent, name)
 
     def children(self, ino: int, start: int = 0) -> Iterator[tuple[int, bytes, int]]:
@@ -222,13 +232,6 @@ class Tree:
             if here == name:
                 return ino
             low, high = (middle + 1, high) if here < name else (low, middle)
-        return 0
-
-    def _entry_leads_to(self, index: int, parent: int, name: bytes) -> int:
-        """Return where entry `index` leads if it is `name` in `parent`, else 0."""
-        offset, length, ino, directory = self._entry(index)
-        if directory == parent and length == len(name) and self._heap(offset, length) == name:
-            return ino
         return 0
 
     def _entry(self, index: int) -> tuple[int, int, int, int]:
