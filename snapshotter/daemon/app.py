@@ -27,7 +27,7 @@ import trio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
-from snapshotter import __version__, logs, reports
+from snapshotter import __version__, heap, logs, reports
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.daemon import (
     generation,
@@ -53,6 +53,7 @@ from snapshotter.daemon.parallelpull import ParallelPulls, settings_of
 from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.reference_metrics import ReferenceCollector
+from snapshotter.daemon.rest import Rest
 from snapshotter.daemon.service import SnapshotsService
 from snapshotter.daemon.sockets import PATH_MAX, make_way
 from snapshotter.daemon.sources import BlobSources
@@ -104,6 +105,7 @@ class App:
         self._log_level = settings.log_level or config.log_level
         self._inherited: socket.socket | None = None
         self._phases = Phases()
+        self._rest = Rest()
         self._numbers: Numbers
         self._hosts = configured_hosts(config)
         self._credentials = Credentials(config)
@@ -200,6 +202,8 @@ class App:
         notifier.ready()
         health = watchdog.Health(self._address, store.last_id)
         nursery.start_soon(watchdog.watch, health, notifier, watchdog_interval())
+        nursery.start_soon(self._rest.run)
+        await trio.to_thread.run_sync(heap.settle)
         _log.info(
             "ready",
             extra={
@@ -289,6 +293,7 @@ class App:
             parallel=ParallelPulls(pulls, root=root, client=client, unpacker=unpacker, nursery=nursery),
             nursery=nursery,
             phases=self._phases,
+            on_work=self._rest.disturb,
         )
 
     async def _test_laziness(self, nursery: trio.Nursery) -> None:

@@ -20,13 +20,13 @@ from typing import Final, Protocol, TypeVar
 import trio
 
 from snapshotter.containerd.client import Containerd
+from snapshotter.containerd.labels import GC_CONTENT
 from snapshotter.errors import InvalidIndex, NotFound, SnapshotterError
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import parse as parse_manifest
 from snapshotter.oci.reference import Reference
 from snapshotter.soci.artifacts import ArtifactDatabase
 from snapshotter.soci.content import ContentSource, read_verified
-from snapshotter.soci.create import GC_CONTENT
 from snapshotter.soci.index import SociIndex
 from snapshotter.soci.index import parse as parse_index
 from snapshotter.soci.store import LayoutStore

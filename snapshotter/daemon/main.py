@@ -33,6 +33,7 @@ from snapshotter.daemon.install import install_check
 from snapshotter.daemon.unmounting import unmount_all
 from snapshotter.errors import ConfigError, SnapshotterError
 from snapshotter.fuse import holder
+from snapshotter.heap import use_one_heap
 from snapshotter.sdnotify import Notifier
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def _daemon(settings: Settings) -> None:
     loaded = settings.load()
     config = loaded.config
     logs.setup(settings.log_level or config.log_level, log_format=config.log_format, role="daemon")
+    use_one_heap()  # a pull's large replies come to many threads, and would stay in the heap of each
     faulthandler.enable()  # the watchdog ends a stuck daemon by SIGABRT: then the journal says where it hung
     for warning in loaded.warnings:
         _log.warning("configuration", extra={"warning": warning})

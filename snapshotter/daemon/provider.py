@@ -101,8 +101,10 @@ class Provider:
         parallel: ParallelPulls,
         nursery: trio.Nursery,
         phases: Phases,
+        on_work: Callable[[], None] = lambda: None,
         not_lazy: str = "",
     ) -> None:
+        self._on_work = on_work
         self._phases = phases
         self.settings = settings
         """May be replaced: the next pull looks here."""
@@ -247,6 +249,7 @@ class Provider:
                 return await work(request)
             finally:
                 self._calls.discard(call)
+                self._on_work()
         raise Unavailable("the snapshotter is ending; the pull can go on when it is back")
 
     async def _provide(self, request: LayerRequest) -> Provided:
@@ -369,6 +372,8 @@ class Provider:
         except Exception as error:  # noqa: BLE001 - a head start only; what is wrong is said when it is needed
             self._prepared.discard(layer)
             _log.info("layer could not be prepared ahead", extra={"layer": layer, "error": str(error)})
+        finally:
+            self._on_work()
 
     async def _release(self, snapshot_id: int, directory: Path) -> bool:
         layer = self._recorded.pop(snapshot_id, None)

@@ -25,7 +25,7 @@ from snapshotter.events import EventRing
 from snapshotter.fetch.counters import NAMES
 from snapshotter.fetch.options import Options
 from snapshotter.fetch.service import Service
-from snapshotter.heap import use_one_heap
+from snapshotter.heap import settle, use_one_heap
 from snapshotter.layer.store import LayerStore
 
 SWITCH_INTERVAL = 0.0005
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     service = Service(
         socket.socket(fileno=chosen.control), LayerStore(chosen.root), counters, events, options
     )
+    settle()
     trio.run(_until_terminated, service)
     logging.shutdown()
     return 0

@@ -38,7 +38,7 @@ from snapshotter.fetch.sources import Sources
 from snapshotter.fetch.space import ROUNDING, Space
 from snapshotter.fetch.transfer import Transfer
 from snapshotter.fetch.workers import WorkerPool
-from snapshotter.heap import trim_heap
+from snapshotter.heap import give_back
 from snapshotter.layer.spans import SpanState
 from snapshotter.registry.ranges import RangeClient
 from snapshotter.registry.retry import Timeouts
@@ -366,7 +366,7 @@ class Downloads:
         if not self._transfers and self._idle_since + IDLE_SECONDS <= trio.current_time():
             self._buffers.clear()
             self._set_gauges()
-            self._context.chores.submit(0, trim_heap, lambda _: None)
+            self._context.chores.submit(0, give_back, lambda _: None)
 
     def _count_bytes(self) -> None:
         """Let the link's estimate and the counters know what has come, on all transfers."""

@@ -28,7 +28,8 @@ import trio
 
 from snapshotter import messages
 from snapshotter.errors import SnapshotterError
-from snapshotter.fuse import kernel, mounting, server
+from snapshotter.fuse import kernel, mounting
+from snapshotter.fuse.arguments import ServeArguments
 from snapshotter.fuse.blocking import Blocking
 from snapshotter.fuse.forker import Child, Forker
 from snapshotter.fuse.held import HeldDevices
@@ -336,7 +337,7 @@ class Keeper:
             if fetcher is not None:
                 opened.append(fetcher)
                 fds["fetcher"] = fetcher
-            arguments = server.ServeArguments(
+            arguments = ServeArguments(
                 layer=spec.layer,
                 init=mountpoint.init.to_text(),
                 idle_timeout=self._idle_timeout,

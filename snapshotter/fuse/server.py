@@ -19,7 +19,6 @@ import select
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import pyfuse3
@@ -27,6 +26,7 @@ import trio
 
 from snapshotter import counters, messages
 from snapshotter.fuse import adoption, kernel
+from snapshotter.fuse.arguments import ServeArguments
 from snapshotter.fuse.contents import Contents
 from snapshotter.fuse.counters import NAMES
 from snapshotter.fuse.journal import Journal
@@ -40,20 +40,6 @@ _log = logging.getLogger(__name__)
 
 DESCRIPTORS = ("fuse", "journal", "tree", "data", "spans", "counters", "control", "fetcher")
 """What a server is given; `fetcher` is missing while there is none, `journal` where the kernel needs none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeArguments:
-    """What a server is told besides its descriptors; times in seconds."""
-
-    layer: str
-    init: str
-    idle_timeout: float
-    read_budget: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the arguments as the zygote's message carries them."""
-        return asdict(self)
 
 
 def preload() -> None:

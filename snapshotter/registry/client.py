@@ -40,8 +40,9 @@ from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPol
 from snapshotter.registry.sending import SendingClient
 from snapshotter.registry.session import Call, Session, blob_call, headers_for, manifest_call
 from snapshotter.registry.source import BlobSource
+from snapshotter.registry.tls import USER_AGENT
 from snapshotter.registry.upload import BlobUpload, Source
-from snapshotter.registry.wire import USER_AGENT, Reply, host_of
+from snapshotter.registry.wire import Reply, host_of
 from snapshotter.units import Digest, parse_digest, sha256_digest
 
 MAX_SOURCES: Final = 4096

@@ -24,8 +24,8 @@ import trio
 from snapshotter.errors import AuthenticationFailed
 from snapshotter.registry.keychain import Credentials, entry_for, from_entry
 from snapshotter.registry.kubeconfig import Cluster, find_cluster
-from snapshotter.registry.tls import silence_libraries
-from snapshotter.registry.wire import USER_AGENT, abandon
+from snapshotter.registry.tls import USER_AGENT, silence_libraries
+from snapshotter.registry.wire import abandon
 
 _log = logging.getLogger(__name__)
 

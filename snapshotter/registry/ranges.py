@@ -31,8 +31,7 @@ from snapshotter.registry.pools import Pools
 from snapshotter.registry.replies import MAX_ERROR_BODY, check_content_range, error_for
 from snapshotter.registry.retry import DEFAULT_TIMEOUTS, Timeouts
 from snapshotter.registry.source import BlobSource
-from snapshotter.registry.tls import silence_libraries
-from snapshotter.registry.wire import USER_AGENT
+from snapshotter.registry.tls import USER_AGENT, silence_libraries
 
 PIECE: Final = 256 << 10
 """Bytes asked of the socket at a time."""

@@ -1,4 +1,4 @@
-"""What both HTTP clients need: trust, the reasons behind their errors, and silence from their own logs."""
+"""What both HTTP clients need: our name, trust, the reasons behind their errors, and silence from their own logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from snapshotter import __version__
 from snapshotter.errors import ConfigError
+
+USER_AGENT: Final = f"soci-snapshotter/{__version__}"
 
 _LOUD: Final = ("httpx", "httpcore", "urllib3")
 

@@ -17,7 +17,6 @@ from typing import Final
 import httpx
 import trio
 
-from snapshotter import __version__
 from snapshotter.errors import RegistryRefused, RegistryTimeout, RegistryUnavailable, ShortBody
 from snapshotter.registry.replies import MAX_ERROR_BODY
 from snapshotter.registry.retry import Timeouts
@@ -30,7 +29,6 @@ from snapshotter.registry.tls import (
     untrusted,
 )
 
-USER_AGENT: Final = f"soci-snapshotter/{__version__}"
 MAX_REDIRECTS: Final = 10
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
