@@ -79,6 +79,9 @@ HOLDER_SOCKET = "holder.sock"
 _GRPC_SOCKET = "grpc.sock"
 """In the root: where gRPC listens when systemd has the socket that containerd knows."""
 
+_PREPARED_AT_ONCE = 8
+"""The most layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
+
 _GRPC_THREADS = 32
 """containerd prepares one layer of an image after another; this is how many images may be pulled at once."""
 
@@ -389,7 +392,7 @@ class App:
             background=config.fetch.background,
             mount_timeout_s=config.mount_timeout_sec,
             min_layer_size=config.snapshotter.min_layer_size,
-            prepared_at_once=config.max_concurrency,
+            prepared_at_once=min(max(config.max_concurrency, 0) or _PREPARED_AT_ONCE, _PREPARED_AT_ONCE),
         )
 
     def _timeouts(self) -> Timeouts:

@@ -57,12 +57,8 @@ from snapshotter.units import Digest
 
 _log = logging.getLogger(__name__)
 
-_PREPARED_AT_ONCE = 8
-"""The most layers of an index that are prepared ahead at the same time: each may have a zTOC of 256 MiB in memory."""
-
 _RESTORE_PATIENCE_S = 20.0
 """How long a start waits for the fetcher; it is not needed for layers that are there already, and comes later then."""
-
 
 REASONS = (
     "missing-labels", "not-lazy", "no-index", "index-failed", "no-ztoc", "unsupported-layer", "corrupt-data",
@@ -80,6 +76,7 @@ class ProviderSettings:
     mount_timeout_s: float
     min_layer_size: int
     prepared_at_once: int
+    """Layers whose zTOCs are fetched and compiled ahead."""
 
 
 class Provider:
@@ -127,8 +124,7 @@ class Provider:
         self._calls: set[trio.CancelScope] = set()
         self._ending = False
         self._prepared: set[Digest] = set()
-        at_once = settings.prepared_at_once if settings.prepared_at_once > 0 else _PREPARED_AT_ONCE
-        self._ahead = trio.CapacityLimiter(min(at_once, _PREPARED_AT_ONCE))
+        self._ahead = trio.CapacityLimiter(settings.prepared_at_once)
         self._recorded: dict[int, Digest] = {}
         """Layers by the snapshots whose mount they are, or would be if it could have been restored."""
         self._mender = Mender(
@@ -218,10 +214,13 @@ class Provider:
 
     async def _open_again(self, layer: Digest, image: str) -> None:
         try:
-            await self._fetcher.open(layer, background=self.settings.background, image=image)
+            await self._open(layer, image)
         except ProcessFailed as error:
             _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
             self._nursery.start_soon(self._mender.mend_at_last, layer, self.settings.background)
+
+    async def _open(self, layer: Digest, image: str) -> None:
+        await self._fetcher.open(layer, background=self.settings.background, image=image)
 
     async def mend(self, spec: MountSpec) -> None:
         """Have the files of a mount made whole again. Raises as `Mender.mend` does, and trio.TooSlowError."""
@@ -300,9 +299,7 @@ class Provider:
                 self._uses[layer] = self._uses.get(layer, 0) + 1
                 try:
                     self._sources.learn(layer, asked.image)
-                    await self._fetcher.open(
-                        layer, background=self.settings.background, image=str(asked.image.digest)
-                    )
+                    await self._open(layer, str(asked.image.digest))
                     await self._mount(request, asked, variant)
                 except BaseException:
                     self._nursery.start_soon(self._drop_use, layer)
@@ -372,8 +369,6 @@ class Provider:
         except Exception as error:  # noqa: BLE001 - a head start only; what is wrong is said when it is needed
             self._prepared.discard(layer)
             _log.info("layer could not be prepared ahead", extra={"layer": layer, "error": str(error)})
-        finally:
-            self._on_work()
 
     async def _release(self, snapshot_id: int, directory: Path) -> bool:
         layer = self._recorded.pop(snapshot_id, None)

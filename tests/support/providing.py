@@ -213,7 +213,7 @@ def _compose(
     layers = LayerStore(root, tidy=True)
     unpacker = Unpacker(root, client)
     provider = Provider(
-        ProviderSettings(options.background, options.mount_timeout, options.min_layer_size, 100),
+        ProviderSettings(options.background, options.mount_timeout, options.min_layer_size, 8),
         root=root,
         layers=layers,
         store=store,
