@@ -2,9 +2,9 @@
 
     opened          every missing span is queued, in the order of first use that was recorded, then in tar order
     suspect spans   are hashed one at a time, so that a host that has just booted is not busy with that
-    all there       the blob is hashed once more as a whole, and inflated as a whole: with the layer's digest, and
-                    with the content that its spans have, it is verified. What was found is synced to the disk, and
-                    the network is never needed for the layer again
+    all there       when readers are quiet, the blob is hashed once more as a whole, and inflated as a whole: with the
+                    layer's digest, and with the content that its spans have, it is verified. What was found is synced
+                    to the disk, and the network is never needed for the layer again
 
 Every span having its digest does not prove the whole: the bytes before span 0 have none, a zTOC may have
 been made of another blob, and its windows may be wrong. When the whole does not match although every byte has come from the registry, nothing
@@ -24,6 +24,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+
+import trio
 
 from snapshotter.counters import CounterPage
 from snapshotter.fetch import control, pipeline
@@ -87,6 +89,17 @@ class Background:
         if layer.absent == 0 and not (layer.verifying or layer.mismatched or layer.files.states.verified):
             layer.verifying = True
             layer.pin()
+            self._verify_when_quiet(layer)
+
+    def _verify_when_quiet(self, layer: ActiveLayer) -> None:
+        """Verify a layer that has everything. That takes a processor for seconds, so readers go first for a while."""
+        quiet_at = self._context.link.quiet_at()
+        if layer.closed or layer.absent:
+            layer.verifying = False
+            layer.unpin()
+        elif trio.current_time() < quiet_at:
+            self._context.timers.at(quiet_at, partial(self._verify_when_quiet, layer))
+        else:
             self._context.chores.submit(
                 0,
                 partial(pipeline.is_whole, layer.files, Pause(self._context.counters)),

@@ -177,8 +177,10 @@ class Downloads:
         size = min(allowance.size, limit)
         if not self._context.schedule.queued(Priority.BACKGROUND) or not self._space.has_room(size):
             return False
-        batch = self._context.schedule.take(Priority.BACKGROUND, size, self._may_background)
+        may_start = self._may_beside_readers if allowance.near else self._may_background
+        batch = self._context.schedule.take(Priority.BACKGROUND, size, may_start)
         if batch is None:
+            self._pump_when_quiet(now)
             return False
         size, image = self._start(batch), self._context.layers[Digest(batch.layer)].image
         for pace, name in zip(self._paces, (HOST, image), strict=True):
@@ -210,6 +212,10 @@ class Downloads:
             return False
         source = self._sources.usable(layer)
         return source is not None and self._hosts.allows(source.host)
+
+    def _may_beside_readers(self, digest: str) -> bool:
+        being_read = trio.current_time() < self._context.layers[Digest(digest)].read_until
+        return being_read and self._may_background(digest)
 
     def _refuse_readers(self) -> None:
         """Fail the reads whose layer cannot be reached, as the policy `eio` has it."""

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 TRACE_DELAY = 1.0
 """Seconds between a first use and its being written down: one write for all that come together."""
 
+READ_SECONDS = 10.0
+"""A layer that was read so short a time ago is being read: a program that starts computes for seconds in between."""
+
 
 class Fetcher:
     """All layers of one host. Make it inside a trio run, and run `context.timers.run` beside it."""
@@ -146,7 +149,7 @@ class Fetcher:
             )
         )
         layer = self._context.layers[digest] = ActiveLayer(files)
-        self._context.schedule.add_layer(digest, files.sizes)
+        self._context.schedule.add_layer(digest, files.sizes, recorded=bool(files.recorded))
         self._set_gauges()
         if files.states.verified:
             self._context.tell_daemon(control.Complete(digest, verified=True))
@@ -192,6 +195,8 @@ class Fetcher:
         now = trio.current_time()
         for span in spans:
             layer.used[span] = now
+        layer.read_until = now + READ_SECONDS
+        self._context.schedule.read(layer.digest, spans.stop)
         fresh = [span for span in spans if layer.trace.add(span)]
         if fresh and not layer.trace_pending:
             layer.trace_pending = True

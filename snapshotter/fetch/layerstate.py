@@ -193,6 +193,8 @@ class ActiveLayer:
     """Spans whose compressed bytes were given up to make room."""
     absent: int = 0
     """Spans that are MISSING or SUSPECT."""
+    read_until: float = 0.0
+    """So long it counts as being read."""
     rest_until: float = 0.0
     """The background leaves the layer alone until then."""
     rests: int = 0

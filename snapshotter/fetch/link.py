@@ -7,9 +7,11 @@ of the last samples, but their upper quartile.
 
 Two modes. While nobody reads, the background may use all of the link: ranges long enough that the round
 trip does not matter, and as many at once as have been seen to help (the width is tried upwards, and taken
-back when the rate does not follow). While somebody reads, and a while after, it rests: a program that starts needs
-the processors at least as much as the link. If that goes on for long, it gets one short range now and then. What
-is already under way is never abandoned; it is short enough to be over soon.
+back when the rate does not follow). While somebody reads, and a while after, it only takes what is *near*: the rest of
+the layers that are being read, in short ranges, and while nothing is on its way to a reader. Most of what a program
+that starts will read lies there, and it needs the processors at least as much as the link. If that goes on for
+long, everything else gets one short range now and then. What is already under way is never abandoned; it is short
+enough to be over soon.
 
 Concurrency: the main loop only.
 """
@@ -65,6 +67,8 @@ class Allowance:
 
     ranges: int
     size: int
+    near: bool = False
+    """Only of layers that are being read."""
 
 
 class Link:
@@ -137,9 +141,10 @@ class Link:
             share = int(rate * RANGE_SECONDS) if rate else 2 * MIN_RANGE * self._width
             ranges = min(max(share // MIN_RANGE, 1), self._width)
             return Allowance(ranges, min(max(share // ranges, MIN_RANGE), self._max_range))
-        if now < self._background_since + PATIENT_SECONDS:
-            return Allowance(0, 0)
-        return Allowance(1, min(max(int(rate * BESIDE_SECONDS), MIN_RANGE // 4), self._max_range))
+        size = min(max(int(rate * BESIDE_SECONDS), MIN_RANGE // 4) if rate else MIN_RANGE, self._max_range)
+        if now >= self._background_since + PATIENT_SECONDS:
+            return Allowance(1, size)
+        return Allowance(min(FIRST_WIDTH, self._max_width) if reader_bytes == 0 else 0, size, near=True)
 
     def ahead_room(self, in_flight: int) -> int:
         """Return how many bytes may be asked for ahead of readers while `in_flight` bytes are on their way."""

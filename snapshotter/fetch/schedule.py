@@ -6,7 +6,8 @@ wanted too, up to a size. Neighbours are only ever added behind the first, becau
 as they arrive: what rides along never delays what asked first.
 
 Layers take turns within a priority, in the order in which they came to want something, so that one layer
-with a thousand wishes does not starve another with one.
+with a thousand wishes does not starve another with one. In the background nobody starves: there the layer goes first
+that a reader came to last, with what lies behind that place; of those that nobody has read, the smallest.
 
 Concurrency: the main loop only. It does not know about flights, connections or memory: the caller takes
 when there is room.
@@ -43,10 +44,16 @@ class Batch:
 class _Wishes:
     """The wanted spans of one layer; dicts because they keep the order and drop from the middle."""
 
-    __slots__ = ("queues", "sizes")
+    __slots__ = ("place", "queues", "read", "recorded", "sizes", "total")
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], recorded: bool) -> None:
+        self.recorded = recorded
         self.sizes = sizes
+        self.total = sum(sizes)
+        self.read = 0
+        """When a reader came last, as a count of such events over all layers; 0: none has come."""
+        self.place = 0
+        """The span behind the one that it came to."""
         self.queues: tuple[dict[int, None], dict[int, None], dict[int, None]] = ({}, {}, {})
 
 
@@ -55,11 +62,15 @@ class Schedule:
 
     def __init__(self) -> None:
         self._layers: dict[str, _Wishes] = {}
+        self._reads = 0
         self._turns: tuple[dict[str, None], dict[str, None], dict[str, None]] = ({}, {}, {})
 
-    def add_layer(self, layer: str, sizes: Sequence[int]) -> None:
-        """Make `layer` known; `sizes` are the compressed bytes of its spans."""
-        self._layers[layer] = _Wishes(sizes)
+    def add_layer(self, layer: str, sizes: Sequence[int], *, recorded: bool = False) -> None:
+        """Make `layer` known; `sizes` are the compressed bytes of its spans.
+
+        With `recorded` the background keeps to the order in which it is given spans: that of an earlier use.
+        """
+        self._layers[layer] = _Wishes(sizes, recorded)
 
     def remove_layer(self, layer: str) -> None:
         """Forget `layer` and all that is wanted of it."""
@@ -82,6 +93,12 @@ class Schedule:
         urgent, ahead, background = self._layers[layer].queues
         background.update((span, None) for span in spans if span not in urgent and span not in ahead)
         self._turns[Priority.BACKGROUND].setdefault(layer)
+
+    def read(self, layer: str, end: int) -> None:
+        """A reader of `layer` has come to the span before `end`: the background goes on from there."""
+        self._reads += 1
+        wishes = self._layers[layer]
+        wishes.read, wishes.place = self._reads, end
 
     def discard(self, layer: str, span: int) -> None:
         """Nobody wants `span` any more, or it has come."""
@@ -109,7 +126,10 @@ class Schedule:
         priorities only take their own.
         """
         turns = self._turns[priority]
-        for layer in list(turns):
+        order = list(turns)
+        if priority is Priority.BACKGROUND:
+            order.sort(key=lambda layer: (-self._layers[layer].read, self._layers[layer].total))
+        for layer in order:
             if not self._layers[layer].queues[priority]:
                 del turns[layer]
             elif allowed(layer):
@@ -125,6 +145,8 @@ class Schedule:
         own = wishes.queues[priority]
         riders = wishes.queues[Priority.AHEAD] if priority is Priority.ON_DEMAND else {}
         first = next(iter(own))
+        if priority is Priority.BACKGROUND and wishes.read and not wishes.recorded:
+            first = min(own, key=lambda span: (span < wishes.place, span))
         del own[first]
         end, size = first + 1, wishes.sizes[first]
         queue = own

@@ -341,7 +341,7 @@ def test_what_was_kept_for_a_dead_fetcher_is_dropped(
         for server in servers:
             server.close()
         await rig.fetcher.open(layer.digest, background=False, image="")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before  # some of an earlier test's may have been collected
 
     with_fetcher(workdir, registry, test)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
+from snapshotter.events import Kind
 from snapshotter.fetch import control, trace
 from snapshotter.fetch.counters import OFFLINE_NAMES
 from snapshotter.layer import wire
@@ -153,9 +155,9 @@ def test_the_trace_is_written_while_the_layer_is_in_use(rig: Rig) -> None:
     rig.wait_for(lambda: trace.load(path, 100) == [7], "the trace on disk")
 
 
-def test_layers_take_turns(tmp_path: Path, registry: Registry) -> None:
+def test_of_layers_that_nobody_has_read_the_smallest_goes_first(tmp_path: Path, registry: Registry) -> None:
     with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
-        layers = [rig.add(make_layer(seed=seed)) for seed in (1, 2, 3)]
+        layers = [rig.add(make_layer(seed=kib, size=kib << 10)) for kib in (1024, 512, 768)]
         rig.source = lambda _: None
         for layer in layers:
             rig.open(layer, background=True)
@@ -165,8 +167,33 @@ def test_layers_take_turns(tmp_path: Path, registry: Registry) -> None:
         for layer in layers:
             rig.wait_verified(layer)
         order = [request.path.rpartition("/")[2] for request in registry.matching(path=BLOBS)]
-        first_rounds = order[1:7]
-        assert set(first_rounds[:3]) == set(first_rounds[3:6]) == {layer.digest for layer in layers}
+        by_size = sorted(layers, key=lambda layer: len(layer.blob))
+        assert [digest for digest, _ in groupby(order[1:])] == [layer.digest for layer in by_size], (
+            "after the first range, which went to the layer whose source came first"
+        )
+
+
+def test_the_background_goes_on_where_a_reader_is(tmp_path: Path, registry: Registry) -> None:
+    with Rig(tmp_path, registry, options=ONE_RANGE) as rig:
+        small, read = rig.add(make_layer(seed=1, size=512 << 10)), rig.add(make_layer(seed=2))
+        rig.source = lambda _: None
+        for layer in (small, read):
+            rig.open(layer, background=True)
+        server = rig.connect(read)
+        server.want(9)
+        rig.wait_for(lambda: rig.count("wants"), "the reader waits")
+        rig.source = None
+        for layer in (read, small):
+            rig.send_source(layer)
+        server.wait(9)
+        for layer in (small, read):
+            rig.wait_verified(layer)
+        background = [event for event in rig.events() if event.kind is Kind.BACKGROUND]
+        layers = [name for name, _ in groupby(event.layer for event in background)]
+        assert [name in read.digest for name in layers] == [True, False]
+        spans = [event.span for event in background if event.layer in read.digest]
+        assert spans[0] > 9
+        assert sorted(spans) != spans, "what lies before the reader comes last"
 
 
 def test_a_blob_that_is_not_the_layer_is_dropped_and_not_tried_for_ever(

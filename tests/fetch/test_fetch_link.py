@@ -72,7 +72,7 @@ def test_a_slow_link_has_one_range_at_a_time() -> None:
     assert model.background(now, reader_bytes=0).ranges == 1
 
 
-def test_the_background_rests_while_somebody_reads_and_a_while_after() -> None:
+def test_beside_readers_the_background_takes_what_is_near_in_short_ranges_and_never_in_their_way() -> None:
     model = link()
     now = feed(model, 0.0, 1.0, 100 * MIB)
     model.active(now)
@@ -80,8 +80,11 @@ def test_the_background_rests_while_somebody_reads_and_a_while_after() -> None:
     assert model.background(now, reader_bytes=1 * MIB).ranges == 0
     model.ended(now + 0.1, reader=True)
     assert model.quiet_at() == pytest.approx(now + 0.1 + QUIET_SECONDS)
-    assert model.background(now + 0.2, reader_bytes=0).ranges == 0
-    assert model.background(model.quiet_at(), reader_bytes=0).ranges == 2
+    near = model.background(now + 0.2, reader_bytes=0)
+    assert (near.ranges, near.size, near.near) == (2, pytest.approx(5 * MIB, rel=0.1), True)
+    quiet = model.background(model.quiet_at(), reader_bytes=0)
+    assert (quiet.ranges, quiet.near) == (2, False)
+    assert quiet.size > near.size
 
 
 def read_on(model: Link, now: float, seconds: float) -> float:

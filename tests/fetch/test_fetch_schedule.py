@@ -144,3 +144,26 @@ def test_every_wish_is_taken_exactly_once(
             assert sum(sizes[span] for span in spans) <= limit or len(spans) == 1
             taken += spans
     assert sorted(taken) == sorted(wanted)
+
+
+def test_the_background_takes_the_layer_that_was_read_last_then_the_smallest() -> None:
+    schedule = schedule_of(large=9, small=3, middle=6)
+    for name, count in (("large", 9), ("small", 3), ("middle", 6)):
+        schedule.want_in_background(name, range(count))
+    assert take(schedule, Priority.BACKGROUND, 100) == ("small", 0, 1)
+    schedule.read("middle", 2)
+    schedule.read("large", 5)
+    assert take(schedule, Priority.BACKGROUND) == ("large", 5, 9)
+    assert take(schedule, Priority.BACKGROUND) == ("large", 0, 5), "what lies before the reader comes last"
+    assert take(schedule, Priority.BACKGROUND) == ("middle", 2, 6)
+    schedule.read("small", 1)
+    assert take(schedule, Priority.BACKGROUND) == ("small", 1, 3)
+    assert take(schedule, Priority.BACKGROUND) == ("middle", 0, 2)
+
+
+def test_an_order_that_was_recorded_is_kept() -> None:
+    schedule = Schedule()
+    schedule.add_layer("a", [100] * 9, recorded=True)
+    schedule.want_in_background("a", [7, 2, 0, 1])
+    schedule.read("a", 1)
+    assert [take(schedule, Priority.BACKGROUND) for _ in range(3)] == [("a", 7, 8), ("a", 2, 3), ("a", 0, 2)]
