@@ -67,7 +67,7 @@ def get(registry: DockerRegistry, repository: str, name: str) -> Any:
     """A manifest of a registry that asks for nothing."""
     accept = {"Accept": f"{OCI_MANIFEST}, application/vnd.oci.image.index.v1+json"}
     request = urllib.request.Request(f"{registry.url}/v2/{repository}/manifests/{name}", headers=accept)
-    with urllib.request.urlopen(request, timeout=10) as reply:
+    with urllib.request.urlopen(request, timeout=60) as reply:
         return json.load(reply)
 
 
@@ -278,7 +278,7 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(soci: Soci, tmp_path: P
         while not stall.hits and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, "soci: interrupted\n")
         assert list(tmp_path.glob("soci-*")) == []
         with pytest.raises(KeyError):

@@ -418,4 +418,4 @@ def test_it_has_no_secret_of_the_daemon_and_ends_with_it(
 
     rig = with_fetcher(workdir, registry, test)
     assert rig.fetcher.pid is None
-    wait_until(lambda: not is_alive(pids[0]), timeout=5, what="the fetcher has ended")
+    wait_until(lambda: not is_alive(pids[0]), timeout=60, what="the fetcher has ended")

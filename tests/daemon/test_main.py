@@ -50,10 +50,10 @@ def refused(daemon: Daemon) -> str:
 def test_it_answers_containerd(daemon: Daemon) -> None:
     with grpc.insecure_channel(f"unix://{daemon.address}") as channel:
         stub = snapshots_pb2_grpc.SnapshotsStub(channel)
-        stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(snapshotter="soci", key="k"), timeout=10)
-        (mount,) = stub.Mounts(snapshots_pb2.MountsRequest(snapshotter="soci", key="k"), timeout=10).mounts
+        stub.Prepare(snapshots_pb2.PrepareSnapshotRequest(snapshotter="soci", key="k"), timeout=60)
+        (mount,) = stub.Mounts(snapshots_pb2.MountsRequest(snapshotter="soci", key="k"), timeout=60).mounts
         assert mount.type == "bind"
-        stub.Remove(snapshots_pb2.RemoveSnapshotRequest(snapshotter="soci", key="k"), timeout=10)
+        stub.Remove(snapshots_pb2.RemoveSnapshotRequest(snapshotter="soci", key="k"), timeout=60)
 
 
 def test_its_files_are_private(daemon: Daemon) -> None:
@@ -103,7 +103,7 @@ def test_a_holder_that_dies_is_replaced(daemon: Daemon) -> None:
     old = daemon.status()["pids"]["holder"]
     os.kill(old, signal.SIGKILL)
     wait_until(
-        lambda: daemon.status()["pids"]["holder"] not in {old, 0}, timeout=10, what="another holder is known"
+        lambda: daemon.status()["pids"]["holder"] not in {old, 0}, timeout=60, what="another holder is known"
     )
     assert is_alive(daemon.status()["pids"]["holder"])
     assert daemon.alive
@@ -111,7 +111,7 @@ def test_a_holder_that_dies_is_replaced(daemon: Daemon) -> None:
 
 def test_a_restart_keeps_the_holder_and_replaces_the_rest(daemon: Daemon) -> None:
     before = daemon.status()["pids"]
-    assert daemon.stop(timeout=10) == 0
+    assert daemon.stop(timeout=60) == 0
     assert not any("Traceback" in str(record) for record in daemon.records())
     daemon.start()
     after = daemon.status()["pids"]
@@ -125,7 +125,7 @@ def test_a_killed_daemon_takes_its_generation_along(daemon: Daemon) -> None:
     daemon.kill()
     wait_until(
         lambda: not any(is_alive(before[role]) for role in ("zygote", "fetcher")),
-        timeout=5,
+        timeout=60,
         what="zygote and fetcher have ended",
     )
     assert is_alive(before["holder"])
@@ -278,7 +278,7 @@ def test_the_holder_is_a_command(workdir: Path) -> None:
         [sys.executable, "-m", "snapshotter.daemon.main", "--root", str(workdir / "root"), "holder"]
     )
     try:
-        wait_until((workdir / "root/holder.sock").exists, timeout=10, what="the holder listens")
+        wait_until((workdir / "root/holder.sock").exists, timeout=60, what="the holder listens")
         assert (workdir / "root").stat().st_mode & 0o777 == 0o700
     finally:
         process.kill()

@@ -86,7 +86,7 @@ Scrape = Callable[[], str]
 def scrape(numbers: Numbers) -> Iterator[Scrape]:
     port = free_port()
     stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
-    yield lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    yield lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
     stop()
 
 
@@ -261,11 +261,11 @@ def test_health(numbers: Numbers) -> None:
     stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
     url = f"http://127.0.0.1:{port}/healthz"
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             assert json.loads(answer.read()) == {"ok": True, "missing": []}
         numbers.well = {"ok": False, "missing": ["fetcher"]}
         with pytest.raises(HTTPError) as unwell:
-            urllib.request.urlopen(url, timeout=10)
+            urllib.request.urlopen(url, timeout=60)
         with unwell.value:
             assert unwell.value.code == 503
             assert json.loads(unwell.value.read()) == numbers.well
@@ -358,7 +358,7 @@ def test_a_scraper_that_hangs_keeps_nobody_away(numbers: Numbers) -> None:
     port = free_port()
     stop = serve(numbers, "tcp", f"127.0.0.1:{port}")
     with socket.create_connection(("127.0.0.1", port)):
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read()
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read()
         assert b"soci_lazy_mounts" in text
         stop()
 

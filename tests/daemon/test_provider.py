@@ -112,7 +112,7 @@ def test_all_ztocs_of_the_index_come_with_the_first_layer(workdir: Path, registr
 
     async def test(rig: Providing) -> None:
         await rig.prepare(image, 0)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not all(rig.layers.has_tree(layer.digest) for layer in image.layers):
                 await trio.sleep(0.01)
         registry.clear_requests()
@@ -183,13 +183,13 @@ def test_the_last_mount_of_a_layer_takes_its_files_along(workdir: Path, registry
         for number in (1, 2):
             await rig.prepare(image, 0, snapshot_id=number)
         assert await rig.release(1)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while 1 in rig.keeper.mounts:
                 await trio.sleep(0.01)
         assert await rig.read(2, "etc/a") == b"A"
         assert rig.cached() == [layer.digest]
         assert await rig.release(2)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while rig.cached():
                 await trio.sleep(0.01)
         assert rig.store.lazy_mounts() == []
@@ -213,7 +213,7 @@ def test_files_that_cannot_be_removed_stay_and_the_daemon_goes_on(
         await rig.prepare(image, 0)
         monkeypatch.setattr(rig.layers, "remove", remove)
         await rig.release(1)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while rig.keeper.mounts:
                 await trio.sleep(0.01)
         assert isinstance(await rig.prepare(image, 0, snapshot_id=2), Lazy)
@@ -434,7 +434,7 @@ def test_a_mount_that_fails_leaves_nothing(
             assert isinstance(await rig.prepare(image, 0), Local)
         assert rig.provider.fallbacks == {"mount-failed": 1}
         assert rig.store.lazy_mounts() == []
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while rig.cached():
                 await trio.sleep(0.01)
         assert host.mounts_below(workdir) == []
@@ -493,7 +493,7 @@ def test_a_restart_needs_no_network(workdir: Path, registry: Registry, expected_
         assert await rig.release(99)  # it can go, though it never came
         for number in (2, 1):
             await rig.release(number)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while rig.cached():
                 await trio.sleep(0.01)
         assert rig.store.lazy_mounts() == []
@@ -534,7 +534,7 @@ def test_layers_that_nobody_uses_are_removed_at_the_start(workdir: Path, registr
 
     async def first(rig: Providing) -> None:
         await rig.prepare(image, 0)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while len(rig.cached()) < 2 or not rig.layers.has_tree(image.layers[1].digest):
                 await trio.sleep(0.01)
 

@@ -61,7 +61,7 @@ async def answering(root: Path, status_: Status) -> AsyncIterator[None]:
     """Have the daemon answer on its socket."""
     async with background() as nursery:
         nursery.start_soon(status.serve, root / reports.STATUS, status_.collect)
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while not await trio.to_thread.run_sync(accepts_connections, root / reports.STATUS):
                 await trio.sleep(0.01)
         yield

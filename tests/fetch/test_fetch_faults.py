@@ -192,7 +192,7 @@ def test_the_budget_of_a_read_ends_it_and_the_next_one_tries_afresh(
         began = time.monotonic()
         server.want(4)
         assert server.wait_failed(4) == errno.EIO
-        assert 0.4 < time.monotonic() - began < 3
+        assert 0.4 < time.monotonic() - began < 8, "before a read of the network would have timed out"
         assert rig.count("budget_exceeded") == 1
         assert server.read(4) == layer.content(4)
 

@@ -101,7 +101,7 @@ def test_a_cut_lets_the_arriving_span_come_and_gives_up_the_rest(
     download = Download(active, source, 3, 9)
     thread = threading.Thread(target=download.run)
     thread.start()
-    wait_until(lambda: download.delivered, timeout=5, what="the first span")
+    wait_until(lambda: download.delivered, timeout=60, what="the first span")
     assert download.transfer.distance(8) > 0
     assert download.transfer.cut() == download.flights[2:]
     assert download.transfer.cut() == []
@@ -122,10 +122,10 @@ def test_a_cut_after_the_end_gives_up_nothing(active: ActiveLayer, source: BlobS
 
 
 def test_a_deadline_ends_it(active: ActiveLayer, source: BlobSource, registry: Registry) -> None:
-    registry.fault(Stall(path="/blobs/", seconds=10))
+    registry.fault(Stall(path="/blobs/", seconds=60))
     download = Download(active, source, 3, 5)
     began = time.monotonic()
     with pytest.raises(RegistryTimeout):
         download.run(0.3)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     assert download.transfer.undelivered() == download.flights

@@ -32,7 +32,7 @@ def test_results_and_errors_come_back_on_the_main_loop() -> None:
 
         pool.submit(0, task, done)
         pool.submit(0, broken, done)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await finished.wait()
         assert main_thread not in threads
         assert sorted(type(outcome).__name__ for outcome in outcomes) == ["OSError", "int"]
@@ -59,7 +59,7 @@ def test_what_is_urgent_overtakes_what_waits() -> None:
         for name, priority in (("background", 2), ("ahead", 1), ("reader", 0)):
             pool.submit(priority, partial(str, name), done)
         gate.set()
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await finished.wait()
         assert order == ["first", "reader", "ahead", "background"]
 
@@ -87,7 +87,7 @@ def test_no_more_threads_than_asked_for_and_none_before_they_are_needed() -> Non
             pool.submit(0, lambda: gate.wait(5), done)
         assert alive() == 3
         gate.set()
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             await finished.wait()
         pool.submit(0, lambda: True, done)
         assert alive() == 3, "an idle thread is used before a new one is started"

@@ -288,4 +288,4 @@ def test_the_zygote_ends_with_its_forker(workdir: Path) -> None:
         pids.append(await running(forker))
 
     with_forker(workdir, test)
-    wait_until(lambda: not is_alive(pids[0]), timeout=5, what="the zygote has ended")
+    wait_until(lambda: not is_alive(pids[0]), timeout=60, what="the zygote has ended")

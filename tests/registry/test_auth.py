@@ -441,4 +441,4 @@ def test_a_silent_token_server_is_a_timeout(start: StartRegistry) -> None:
         RegistryTimeout,
         lambda: run(registry, lambda client: pull(client, registry, image), timeouts=IMPATIENT, retry=ONCE),
     )
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 30

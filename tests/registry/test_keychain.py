@@ -231,7 +231,7 @@ def test_a_helper_that_hangs_is_ended_with_its_children(
         AuthenticationFailed, match=r"docker-credential-hanging: no answer for r\.example within 1 s"
     ):
         lookup(write(docker_config, {"credsStore": "hanging"}), "r.example")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     child = int((tmp_path / "child").read_text())
     # Adopted by init, which may take a moment to reap it; the kernel too takes one on a busy machine.
     wait_until(lambda: not is_alive(child), timeout=20, what="end of the helper's child")

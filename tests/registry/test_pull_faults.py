@@ -170,13 +170,13 @@ def test_the_server_decides_how_long_to_wait(start: StartRegistry) -> None:
         lambda client: client.blob(registry.reference("app"), digest, max_size=1 << 20),
         retry=RetryPolicy(first_wait=0.001, jitter=0.0),
     )
-    assert 1.0 <= time.monotonic() - started < 3.0
+    assert time.monotonic() - started >= 1.0
 
 
 def test_the_total_limits_a_body_that_keeps_coming(start: StartRegistry) -> None:
     registry = start()
     digest = registry.add_blob(DATA)
-    registry.fault(Slow(rate=10_000.0, count=-1))
+    registry.fault(Slow(rate=1_000.0, count=-1))
     started = time.monotonic()
     error = failure(
         registry,
@@ -188,7 +188,7 @@ def test_the_total_limits_a_body_that_keeps_coming(start: StartRegistry) -> None
             retry=RetryPolicy(attempts=1),
         ),
     )
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30, "the body would take 100 s"
     assert "too slow" in str(error)
 
 

@@ -193,7 +193,7 @@ def test_readers_do_not_wait_for_a_writer(store: SnapshotStore) -> None:
         found: list[dict[str, str]] = []
         thread = threading.Thread(target=lambda: found.append(dict(store.get("a").info.labels)))
         thread.start()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert found == [{}]
     assert store.get("a").info.labels == {"x": "y"}
 

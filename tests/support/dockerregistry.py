@@ -171,7 +171,7 @@ class DockerRegistry:
         """Return the body of a plain GET (no credentials). Raises urllib.error.URLError."""
         context = ssl.create_default_context(cafile=str(self.ca)) if self.tls else None
         request = urllib.request.Request(self.url + path, headers={"Accept": _ACCEPT + ", */*"})
-        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        with urllib.request.urlopen(request, timeout=60, context=context) as answer:
             body: bytes = answer.read()
             return body
 

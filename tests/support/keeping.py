@@ -34,7 +34,7 @@ class Kept:
         self.holder = holder
         self.gone = gone
 
-    async def until(self, snapshot_id: int, state: State, seconds: float = 10) -> None:
+    async def until(self, snapshot_id: int, state: State, seconds: float = 60) -> None:
         """Wait for a mount to be in `state`."""
         with trio.fail_after(seconds):
             while self.keeper.mounts[snapshot_id].state is not state:
@@ -42,7 +42,7 @@ class Kept:
 
     async def until_gone(self, snapshot_id: int) -> None:
         """Wait for a mount to end."""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             while snapshot_id in self.keeper.mounts:
                 await trio.sleep(0.01)
 

@@ -95,7 +95,7 @@ class Network:
         """End the link and remove the namespaces; what still runs in one keeps it alive, unreachable."""
         if self._process is not None:
             # Closing its input is the order to end.
-            self._process.communicate(timeout=10)
+            self._process.communicate(timeout=60)
             self._process = None
         for namespace in (self.client.namespace, self.server.namespace, self._middle):
             if (_NAMESPACES / namespace).exists():

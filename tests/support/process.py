@@ -312,7 +312,7 @@ class Daemon(Service):
     def metrics(self) -> dict[str, float]:
         """Return every sample of /metrics, by name and labels as they are written there."""
         # By a program of its own, because the daemon may be in another network namespace.
-        fetch = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())"
+        fetch = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
         command = [*self._prefix, sys.executable, "-c", fetch, f"http://{self.metrics_address}/metrics"]
         text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
         samples = {}

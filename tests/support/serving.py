@@ -35,7 +35,7 @@ class Fetcher:
 
     async def next(self) -> wire.Message:
         """Return the server's next message."""
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             return wire.decode(await self._sock.recv(wire.PACKET_SIZE))
 
     async def next_want(self) -> wire.Want:

@@ -143,7 +143,7 @@ def test_the_holder_may_die_too_while_the_daemon_lives(system: LazySystem, modul
     with readers(system, module_workdir, count=2) as finish:
         (old,) = pids(system, "holder")
         os.kill(old, signal.SIGKILL)
-        wait_until(lambda: pids(system, "holder") not in ([], [old]), timeout=10, what="another holder")
+        wait_until(lambda: pids(system, "holder") not in ([], [old]), timeout=60, what="another holder")
         time.sleep(0.3)
         system.daemon.kill()
         system.daemon.start()

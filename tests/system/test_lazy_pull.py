@@ -91,8 +91,8 @@ def test_a_removed_image_leaves_nothing(system: LazySystem, reference: str) -> N
     layers = Path(system.daemon.root) / "layers/sha256"
     assert len(list(layers.iterdir())) == 2
     system.containerd.ctr("images", "rm", "--sync", reference)
-    wait_until(lambda: not system.mounts(), timeout=10, what="the layers are unmounted")
-    wait_until(lambda: not list(layers.iterdir()), timeout=10, what="the layers' files are removed")
+    wait_until(lambda: not system.mounts(), timeout=60, what="the layers are unmounted")
+    wait_until(lambda: not list(layers.iterdir()), timeout=60, what="the layers' files are removed")
     assert list((system.daemon.root / "snapshotter/snapshots").iterdir()) == []
 
 

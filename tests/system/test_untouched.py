@@ -42,14 +42,14 @@ def test_everything_works_while_no_lazy_path_can_be_resolved(
     assert len(committed) == 2
     frozen = freeze(system)
     ctr = system.containerd.ctr
-    ctr(*SNAPSHOTS, "usage", timeout=10)
+    ctr(*SNAPSHOTS, "usage", timeout=60)
     for name in committed:
-        ctr(*SNAPSHOTS, "info", name, timeout=10)
-        ctr(*SNAPSHOTS, "prepare", f"up-{name}", name, timeout=10)
-        ctr(*SNAPSHOTS, "view", f"view-{name}", name, timeout=10)
-        ctr(*SNAPSHOTS, "mounts", str(module_workdir / "target"), f"up-{name}", timeout=10)
+        ctr(*SNAPSHOTS, "info", name, timeout=60)
+        ctr(*SNAPSHOTS, "prepare", f"up-{name}", name, timeout=60)
+        ctr(*SNAPSHOTS, "view", f"view-{name}", name, timeout=60)
+        ctr(*SNAPSHOTS, "mounts", str(module_workdir / "target"), f"up-{name}", timeout=60)
         for key in (f"up-{name}", f"view-{name}"):  # containerd may have collected them by now
-            ctr(*SNAPSHOTS, "rm", key, timeout=10, check=False)
+            ctr(*SNAPSHOTS, "rm", key, timeout=60, check=False)
     assert len(system.mounts()) == 2
     assert system.daemon.metrics()["soci_fetch_layers_open"] == 2
     system.daemon.stop()
@@ -60,5 +60,5 @@ def test_everything_works_while_no_lazy_path_can_be_resolved(
     assert len(system.mounts()) == 2
     freeze(system)
     ctr("images", "rm", "--sync", reference, timeout=20)
-    wait_until(lambda: not system.mounts(), timeout=10, what="the layers are unmounted")
+    wait_until(lambda: not system.mounts(), timeout=60, what="the layers are unmounted")
     assert list((system.daemon.root / "snapshotter/snapshots").iterdir()) == []

@@ -62,7 +62,7 @@ def prometheus(lazy: LazySystem, module_workdir: Path) -> Iterator[str]:
 
 def api(address: str, path: str, **parameters: str) -> Any:
     url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    return json.loads(urllib.request.urlopen(url, timeout=10).read())["data"]
+    return json.loads(urllib.request.urlopen(url, timeout=60).read())["data"]
 
 
 def query(address: str, expression: str) -> list[Any]:
@@ -153,5 +153,5 @@ def test_health_over_grpc_and_http(lazy: LazySystem) -> None:
             )
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
     url = f"http://{lazy.daemon.metrics_address}/healthz"
-    with urllib.request.urlopen(url, timeout=10) as response:
+    with urllib.request.urlopen(url, timeout=60) as response:
         assert json.loads(response.read()) == {"ok": True, "missing": [], "not_lazy_because": ""}
