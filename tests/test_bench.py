@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from bench import __main__ as program
-from bench import code, coldstart, demo, identity, image, mixed, mounts, readme
+from bench import code, coldstart, demo, growth, identity, image, misses, mixed, mounts, readme
 from bench.contenders import Reference
 from bench.figures import Figure, summary
 from bench.goals import GOALS, LINK
@@ -219,3 +219,23 @@ def test_a_tree_is_listed_and_read_cold_and_again(root: None, tmp_path: Path) ->
     assert len(times) == 4
     assert min(times.values()) > 0
     assert mounts.shell(f"find {tree} -type f | wc -l")[1] == 20
+
+
+@pytest.mark.usefixtures("fuse")
+def test_requests_are_measured_beside_a_server_in_c(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ROUNDS", 2), ("_BIG", 1 << 20), ("_PAGES", 50), ("_NAMES", 20)):
+        monkeypatch.setattr(misses, name, value)
+    figures = list(misses.figures(workdir))
+    assert {figure.name for figure in figures} <= {goal.name for goal in GOALS}
+    assert len(figures) == 3
+    assert all(figure.got for figure in figures)
+
+
+def test_a_layer_of_many_files_is_a_layer(tmp_path: Path) -> None:
+    blob = growth._many_files(tmp_path, 1500)
+    assert isinstance(blob.content, Path)
+    with tarfile.open(blob.content) as archive:
+        names = archive.getnames()
+    assert names[0] == "d000000/f000000"
+    assert names[-2:] == ["d000001/f000499", "last"]
+    assert len(names) == 1501
