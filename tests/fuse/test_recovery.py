@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -307,3 +308,50 @@ def test_a_layer_server_has_nothing_to_lose(
 def _status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+class SilentGate:
+    """A fetcher that says nothing until it is told to say no."""
+
+    def __init__(self) -> None:
+        self._ends: list[socket.socket] = []
+
+    def connect(self, layer: Digest) -> int | None:
+        """Return a new socket."""
+        near, far = messages.pair()
+        self._ends.append(far)
+        return near.detach()
+
+    def say_no(self, spans: int) -> None:
+        """Let everybody have an error."""
+        for end in self._ends:
+            for span in range(spans):
+                end.send(wire.encode(wire.Failed(span, errno.EIO)))
+
+    def close(self) -> None:
+        """Hang up."""
+        for end in self._ends:
+            end.close()
+
+
+def test_readers_that_are_killed_are_gone_at_once(workdir: Path) -> None:
+    """Pages are read ahead of who waits for them, and that wait ends with a kill, however long the span takes."""
+    layer = make_layer(workdir, make_tar({"a": b"A" * 70_000, "b": b"B" * 70_000}), inflated=False)
+    spec = layer.spec(1, workdir / "m")
+    mapped = "import mmap, sys; f = open(sys.argv[1], 'rb'); mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)[5]"
+    gate = SilentGate()
+
+    async def main() -> None:
+        async with keeping(workdir, read_budget=600.0, gate=gate) as kept:
+            await kept.keeper.mount(spec)
+            for name, command in (("a", ["cat"]), ("b", [sys.executable, "-c", mapped])):
+                before = kept.keeper.counters(1)["reads_waiting"]
+                process = await trio.lowlevel.open_process([*command, f"{spec.target}/{name}"])
+                await until(lambda: kept.keeper.counters(1)["reads_waiting"] > before)  # noqa: B023 - called at once
+                process.kill()
+                with trio.fail_after(60):
+                    assert await process.wait() == -signal.SIGKILL
+            gate.say_no(3)  # the requests that fetch the pages keep the mount as long as they wait
+        gate.close()
+
+    trio.run(main)
