@@ -1,7 +1,8 @@
 """The composition root: makes every part, hands each what it needs, and runs them in order.
 
-    root lock -> former generation gone -> holder -> zygote, fetcher, keeper -> start-up test
+    root lock -> former generation gone -> holder -> zygote, fetcher, keeper
       -> mounts restored (no network) -> gRPC, /metrics, status -> ready, watchdog
+      -> start-up test, which the first pull waits for
 
 SIGHUP reads the configuration again (daemon/reloading.py).
 
@@ -193,10 +194,10 @@ class App:
         nursery.start_soon(self._fetcher.run)
         nursery.start_soon(self._watch_holder, holder)
         await self._provider.restore()
-        await self._test_laziness(nursery)
+        nursery.start_soon(self._test_laziness)
         self._serve_metrics(cleanup)
         events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
-        nursery.start_soon(status.serve, root / reports.STATUS, report.collect)
+        nursery.start_soon(status.serve, root / reports.STATUS, report.collect, self._provider.tested)
         nursery.start_soon(status.serve, root / reports.TRACE, events.collect)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
         if self._inherited is not None:
@@ -299,17 +300,19 @@ class App:
             on_work=self._rest.disturb,
         )
 
-    async def _test_laziness(self, nursery: trio.Nursery) -> None:
-        self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
-        if self._provider.not_lazy:
-            _log.error(
-                "nothing is lazy on this host; images are pulled in full",
-                extra={"reason": self._provider.not_lazy},
-            )
-            nursery.start_soon(self._test_again)
+    async def _test_laziness(self) -> None:
+        """Test once, then until it succeeds: what was in the way may pass (memory, a module, a full disk).
 
-    async def _test_again(self) -> None:
-        """Repeat the test until it succeeds: what was in the way may pass (memory, a module, a full disk)."""
+        A start does not wait for that (the zygote is not there yet), the first pull does.
+        """
+        self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
+        self._provider.tested.set()
+        if not self._provider.not_lazy:
+            return
+        _log.error(
+            "nothing is lazy on this host; images are pulled in full",
+            extra={"reason": self._provider.not_lazy},
+        )
         wait = _FIRST_RETEST_S
         while self._provider.not_lazy:
             await trio.sleep(wait)

@@ -10,7 +10,7 @@ Concurrency: trio; one layer at a time, under the lock of the layer, so that its
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import trio
@@ -19,7 +19,7 @@ from snapshotter.daemon.artifacts import LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.locks import Locks
-from snapshotter.errors import NotFound, NoZtoc, SnapshotterError, UnsupportedLayer
+from snapshotter.errors import NotFound, NoZtoc, ProcessFailed, SnapshotterError, UnsupportedLayer
 from snapshotter.layer.inherit import Parent
 from snapshotter.layer.store import LayerStore
 from snapshotter.oci.reference import Reference
@@ -39,7 +39,7 @@ _Below = tuple[int, LazyMount | None]
 
 
 class Mender:
-    """Makes the files of layers whole again. `snapshots` is the directory of all snapshots."""
+    """Makes the files of layers whole again. `snapshots` is the directory of all snapshots, `uses` the layers in use."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Mender:
         locks: Locks,
         layers: LayerStore,
         snapshots: Path,
+        uses: Collection[Digest],
     ) -> None:
         self._store = store
         self._catalog = catalog
@@ -59,6 +60,7 @@ class Mender:
         self._locks = locks
         self._layers = layers
         self._snapshots = snapshots
+        self._uses = uses
 
     async def mend(self, snapshot_id: int, layer: Digest, background: bool) -> None:
         """Return when every file of a lazy snapshot's layer is there and can be used.
@@ -67,13 +69,25 @@ class Mender:
         CorruptData, OSError.
         """
         async with self._locks.hold(layer):
+            if layer not in self._uses:
+                raise NotFound(f"layer {layer} is not in use any more")
             mount, below = await trio.to_thread.run_sync(self._known, snapshot_id)
             if not await self._artifacts.are_whole(layer, mount.tree_variant):
                 _log.warning("a tree is missing or damaged; it is made again", extra={"layer": layer})
                 await self._make_trees(mount, below)
             await self._fetcher.open(layer, background=background, image=mount.manifest_digest)
 
-    async def mend_at_last(self, layer: Digest, background: bool) -> None:
+    async def open(self, layer: Digest, image: str, background: bool) -> None:
+        """Have the fetcher open a layer of `image`, a manifest's digest; mend it as soon as possible if it cannot be."""
+        try:
+            await self._fetcher.open(layer, background=background, image=image)
+        except ProcessFailed as error:
+            if layer not in self._uses:  # it was removed meanwhile
+                return
+            _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
+            await self._mend_at_last(layer, background)
+
+    async def _mend_at_last(self, layer: Digest, background: bool) -> None:
         """Mend a layer as soon as that is possible; return, too, when nobody wants it any more."""
         wait = _FIRST_WAIT_S
         while True:

@@ -47,6 +47,7 @@ from snapshotter.fuse import mounting
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import MountSpec
 from snapshotter.layer.inherit import Parent
+from snapshotter.layer.spans import boot_id, is_of_boot
 from snapshotter.layer.store import LayerStore
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.reference import Reference
@@ -58,7 +59,7 @@ from snapshotter.units import Digest
 _log = logging.getLogger(__name__)
 
 _RESTORE_PATIENCE_S = 20.0
-"""How long a start waits for the fetcher; it is not needed for layers that are there already, and comes later then."""
+"""How long a start waits for the fetcher to look at what the host's last boot has left; then it comes later."""
 
 REASONS = (
     "missing-labels", "not-lazy", "no-index", "index-failed", "no-ztoc", "unsupported-layer", "corrupt-data",
@@ -117,7 +118,8 @@ class Provider:
         self._parallel = parallel
         self._nursery = nursery
         self.not_lazy = not_lazy
-        """Why nothing can be lazy on this host; empty when it can."""
+        """Why nothing can be lazy on this host; empty when it can, or as long as `tested` is not set."""
+        self.tested = trio.Event()
         self._token = trio.lowlevel.current_trio_token()
         self._uses: dict[Digest, int] = {}
         self._locks = Locks()
@@ -135,6 +137,7 @@ class Provider:
             locks=self._locks,
             layers=layers,
             snapshots=self._snapshots,
+            uses=self._uses.keys(),
         )
         self.fallbacks: dict[str, int] = {}
         """How often a layer was not lazy, by reason."""
@@ -195,10 +198,13 @@ class Provider:
         for layer in set(await trio.to_thread.run_sync(self._layers.layers)) - self._uses.keys():
             await self._remove(layer)
         await self._tidy_images()
+        boot = boot_id()
         with trio.move_on_after(_RESTORE_PATIENCE_S) as patience:
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as unknown:
                 for layer, image in images.items():
-                    nursery.start_soon(self._open_again, layer, image)
+                    known = is_of_boot(self._layers.paths(layer).spans, boot)
+                    nursery = self._nursery if known else unknown
+                    nursery.start_soon(self._mender.open, layer, image, self.settings.background)
         if patience.cancelled_caught:
             _log.error("no fetcher yet: layers are served as far as they are there")
         await self._keeper.restore(specs)
@@ -211,13 +217,6 @@ class Provider:
             await trio.to_thread.run_sync(self._catalog.tidy, used)
         except OSError as error:
             _log.warning("what is known of unused images stays", extra={"error": str(error)})
-
-    async def _open_again(self, layer: Digest, image: str) -> None:
-        try:
-            await self._open(layer, image)
-        except ProcessFailed as error:
-            _log.error("a layer's cache cannot be used", extra={"layer": layer, "error": str(error)})
-            self._nursery.start_soon(self._mender.mend_at_last, layer, self.settings.background)
 
     async def _open(self, layer: Digest, image: str) -> None:
         await self._fetcher.open(layer, background=self.settings.background, image=image)
@@ -259,6 +258,7 @@ class Provider:
             )
         if self._parallel.settings.always:
             return await self._in_parallel("parallel-mode", request, asked, "every image is pulled in full")
+        await self.tested.wait()
         if self.not_lazy:
             return await self._in_parallel("not-lazy", request, asked, self.not_lazy)
         try:

@@ -6,7 +6,7 @@ images are pulled in full, and the log and `status` name the reason.
 
 The file is read by a child: nobody who holds a FUSE descriptor may touch a path below its mount.
 
-Concurrency: trio; run once, before the gRPC server starts.
+Concurrency: trio; one at a time. A start does not wait for it, the first pull does.
 """
 
 from __future__ import annotations

@@ -74,8 +74,13 @@ class Status:
         }
 
 
-async def serve(path: Path, collect: Callable[[], Mapping[str, Any]]) -> None:
-    """Answer on the socket at `path` with what `collect` returns, until cancelled. Raises ConfigError, OSError."""
+async def serve(
+    path: Path, collect: Callable[[], Mapping[str, Any]], known: trio.Event | None = None
+) -> None:
+    """Answer on the socket at `path` with what `collect` returns, as soon as that is `known`, until cancelled.
+
+    Raises ConfigError, OSError.
+    """
     make_way(str(path), "--root")
     listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     await listener.bind(str(path))
@@ -84,6 +89,8 @@ async def serve(path: Path, collect: Callable[[], Mapping[str, Any]]) -> None:
 
     async def answer(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):
+            if known is not None:
+                await known.wait()
             report = await trio.to_thread.run_sync(collect)
             await stream.send_all(json.dumps(report).encode())
         await stream.aclose()

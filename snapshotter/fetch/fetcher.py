@@ -21,10 +21,11 @@ from snapshotter.fetch.downloads import Downloads
 from snapshotter.fetch.eviction import Eviction
 from snapshotter.fetch.flight import Stage
 from snapshotter.fetch.landing import Landing
-from snapshotter.fetch.layerstate import ActiveLayer, LayerFiles, boot_id
+from snapshotter.fetch.layerstate import ActiveLayer, LayerFiles
 from snapshotter.fetch.readers import Reader
 from snapshotter.fetch.sources import Sources
 from snapshotter.fetch.space import Space
+from snapshotter.layer.spans import boot_id
 from snapshotter.layer.store import LayerStore
 from snapshotter.layer.wire import Doubt, Message, Touch, Want
 from snapshotter.units import Digest

@@ -103,21 +103,23 @@ class LayerFiles:
         """Open `blob` and `data`. What was deleted or cut off since the states were written is not trusted."""
         blob, data = self.paths.blob, self.paths.data
         if own_tar and (blob.exists() or data.exists()):
-            store.share_cache(blob, data)
-        had_blob = _has_size(blob, self.compressed_size)
+            self.shared = store.share_cache(blob, data)
+        has_blob = _has_size(blob, self.compressed_size)
+        if self.states.is_new and has_blob and blob.stat().st_blocks:
+            self.states.suspect(everything=True)  # only what is known of it was lost
+            self.states.set_fetched_bytes(sum(self.sizes))
+        elif not (has_blob and _has_size(data, self._data_size)):
+            self.states.suspect()  # first: what is missing is nothing but zeros from here on
         self.blob_fd = store.open_cache(blob, self.compressed_size)
         undo.callback(os.close, self.blob_fd)
         if own_tar:
             self.shared = store.share_cache(blob, data)
-        size = self.compressed_size if self.shared else self.uncompressed_size
-        had_data = _has_size(data, size)
-        self.data_fd = store.open_cache(data, size)
+        self.data_fd = store.open_cache(data, self._data_size)
         undo.callback(os.close, self.data_fd)
-        if self.states.is_new and had_blob and os.fstat(self.blob_fd).st_blocks:
-            self.states.suspect(everything=True)  # only what is known of it was lost
-            self.states.set_fetched_bytes(sum(self.sizes))
-        elif not (had_blob and had_data):
-            self.states.suspect()
+
+    @property
+    def _data_size(self) -> int:
+        return self.compressed_size if self.shared else self.uncompressed_size
 
     def is_displaced(self) -> bool:
         """Whether a file that is written to has lost its name: who opens the layer now does not get it."""
@@ -259,11 +261,6 @@ class ActiveLayer:
         self.files.states.close()
         if self.pins == 0:
             self.files.close()
-
-
-def boot_id() -> str:
-    """Return what the kernel calls this boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _any_tree(paths: LayerPaths) -> Path:

@@ -381,6 +381,24 @@ def _uptime_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
+def is_of_boot(path: Path, boot_id: str) -> bool:
+    """Return whether there is a span file whose states were last changed in the boot `boot_id` of the host.
+
+    If so, a server may read by them before a fetcher has opened it: no page of what they tell of can have been lost.
+    """
+    try:
+        with path.open("rb") as file:
+            identity = _read_identity(file.fileno(), os.fstat(file.fileno()).st_size)
+    except OSError:
+        return False
+    return identity is not None and identity[2] == boot_id.encode()[:64]
+
+
+def boot_id() -> str:
+    """Return what the kernel calls this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
 def _read_identity(fd: int, size: int) -> tuple[int, bytes, bytes] | None:
     """Return span count, layer digest and boot id; None when this is no whole file of this version."""
     if size < HEADER_SIZE:

@@ -41,6 +41,14 @@ def file_of(rig: Providing, image: IndexedImage, name: str) -> Path:
     return path
 
 
+async def prepared(rig: Providing, image: IndexedImage) -> None:
+    """Have the layer mounted, and all that is done ahead done, which would make a tree again, too."""
+    await rig.prepare(image, 0)
+    with trio.fail_after(30):
+        while rig.provider._ahead.borrowed_tokens:
+            await trio.sleep(0.01)
+
+
 async def end_server(rig: Providing) -> None:
     """Kill the mount's server, so that the next request needs another one."""
     mountpoint = rig.keeper.mounts[1]
@@ -67,7 +75,7 @@ def test_files_that_are_deleted_are_made_again_without_a_restart(
         expected_logs.allow(SAID)
 
     async def test(rig: Providing) -> None:
-        await rig.prepare(image, 0)
+        await prepared(rig, image)
         assert await rig.read(1, "first") == CONTENT
         for name in names:
             file_of(rig, image, name).unlink()
@@ -93,7 +101,7 @@ def test_what_is_cached_needs_no_network_to_be_mended(
     expected_logs.allow(SAID)
 
     async def test(rig: Providing) -> None:
-        await rig.prepare(image, 0)
+        await prepared(rig, image)
         await read_all(rig)
         registry.fault(Status(status=500, count=-1))
         for name in ("tree", "data", "spans"):
@@ -110,7 +118,7 @@ def test_a_tree_that_is_damaged_is_made_again_when_its_servers_end_young(
     expected_logs.allow(SAID)
 
     async def test(rig: Providing) -> None:
-        await rig.prepare(image, 0)
+        await prepared(rig, image)
         tree = file_of(rig, image, "tree")
         whole = tree.read_bytes()
         tree.unlink()
@@ -128,7 +136,7 @@ def test_a_server_with_old_files_makes_way_for_one_with_the_new(
     """Nobody kills it: what it has it reads, and what it wants makes it look at its files."""
 
     async def test(rig: Providing) -> None:
-        await rig.prepare(image, 0)
+        await prepared(rig, image)
         assert await rig.read(1, "third") == FILES["third"]
         pid = rig.keeper.mounts[1].pid
         for name in ("data", "spans"):

@@ -553,6 +553,7 @@ def test_a_start_without_a_fetcher_goes_on(
     expected_logs.allow("fetcher ended")
     expected_logs.allow("no fetcher yet")
     monkeypatch.setattr("snapshotter.daemon.provider._RESTORE_PATIENCE_S", 0.5)
+    monkeypatch.setattr("snapshotter.daemon.provider.boot_id", lambda: "another")
     image = publish(registry, [ONE])
 
     async def first(rig: Providing) -> None:

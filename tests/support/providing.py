@@ -229,6 +229,7 @@ def _compose(
         nursery=nursery,
         phases=phases,
     )
+    provider.tested.set()
     parts.append(Providing(root, provider, keeper, fetcher, forker, store, layers, holder))
     return parts[0]
 
