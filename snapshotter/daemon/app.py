@@ -22,6 +22,7 @@ import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import grpc
 import trio
@@ -31,6 +32,7 @@ from grpc_health.v1.health import HealthServicer
 from snapshotter import __version__, heap, logs, reports
 from snapshotter.api import snapshots_pb2, snapshots_pb2_grpc
 from snapshotter.daemon import (
+    diffids,
     generation,
     imageservice,
     inherited,
@@ -168,9 +170,9 @@ class App:
         root = self._root
         forker = Forker(str(root / "empty"), inherited_fds=[lock], log_level=self._log_level)
         sources = BlobSources(client, self._phases)
-        self._fetcher = self._make_fetcher(sources, lock)
-        self._keeper = self._make_keeper(holder, forker)
         store = SnapshotStore(metadata_path(root))
+        self._fetcher = self._make_fetcher(sources, lock, store)
+        self._keeper = self._make_keeper(holder, forker)
         self._provider = self._make_provider(client, sources, forker, store, nursery, lock)
         self._numbers = Numbers(
             keeper=self._keeper,
@@ -242,13 +244,13 @@ class App:
         if waiting := sorted(changed - reloading.LIVE):
             _log.warning("these keys take a restart, which disturbs no container", extra={"keys": waiting})
 
-    def _make_fetcher(self, sources: BlobSources, lock: int) -> FetcherProcess:
+    def _make_fetcher(self, sources: BlobSources, lock: int, store: SnapshotStore) -> FetcherProcess:
         return FetcherProcess(
             self._root,
             options=self._fetcher_options(),
             source_of=sources.answer,
             on_restart=lambda: self._keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
-            on_complete=_note_complete,
+            on_complete=partial(diffids.note_complete, store),
             inherited_fds=[lock],
         )
 
@@ -440,7 +442,3 @@ async def _ended(pid: int) -> None:
         await trio.lowlevel.wait_readable(pidfd)
     finally:
         os.close(pidfd)
-
-
-def _note_complete(layer: str, verified: bool) -> None:
-    _log.info("layer is complete", extra={"layer": layer, "verified": verified})

@@ -65,7 +65,7 @@ class FetcherProcess:
         options: str,
         source_of: SourceOf,
         on_restart: Callable[[], None],
-        on_complete: Callable[[Digest, bool], None],
+        on_complete: Callable[[Digest, bool, str], Awaitable[None]],
         inherited_fds: Sequence[int] = (),
     ) -> None:
         self._root = root
@@ -244,8 +244,8 @@ class FetcherProcess:
                     self._openings[layer].answer(error)
             case control.NeedSource() as question:
                 nursery.start_soon(self._find_source, question)
-            case control.Complete(layer, verified):
-                self._on_complete(layer, verified)
+            case control.Complete(layer, verified, diff_id):
+                nursery.start_soon(self._on_complete, layer, verified, diff_id)
             case other:
                 _log.error("fetcher sent an unexpected message", extra={"op": type(other).__name__})
 

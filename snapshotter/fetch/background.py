@@ -102,7 +102,7 @@ class Background:
         else:
             self._context.chores.submit(
                 0,
-                partial(pipeline.is_whole, layer.files, Pause(self._context.counters)),
+                partial(pipeline.prove, layer.files, Pause(self._context.counters)),
                 partial(self._hashed, layer, layer.evictions),
             )
 
@@ -124,11 +124,12 @@ class Background:
                 self._landing.work_on(layer, flight)
                 return
 
-    def _hashed(self, layer: ActiveLayer, evictions: int, wrong: str | Exception) -> None:
+    def _hashed(self, layer: ActiveLayer, evictions: int, proof: pipeline.Proof | Exception) -> None:
         layer.verifying = False
+        wrong = proof.wrong if isinstance(proof, pipeline.Proof) else proof
         if not layer.closed and layer.evictions == evictions:
-            if wrong == "":
-                self._verified(layer)
+            if isinstance(proof, pipeline.Proof) and not wrong:
+                self._verified(layer, proof.diff_id)
             elif not layer.header_fresh:
                 layer.files.states.set_header_fetched(False)
                 self._landing.drop(layer, 0)
@@ -139,7 +140,7 @@ class Background:
                 self._mismatched(layer, wrong)
         layer.unpin()
 
-    def _verified(self, layer: ActiveLayer) -> None:
+    def _verified(self, layer: ActiveLayer, diff_id: str) -> None:
         states = layer.files.states
         before = states.offline_after
         states.set_header_fetched(True)
@@ -149,10 +150,10 @@ class Background:
             count_offline(self._context.counters, states.offline_after)
         layer.pin()
         self._context.chores.submit(
-            0, partial(pipeline.make_durable, layer.files), partial(self._durable, layer)
+            0, partial(pipeline.make_durable, layer.files), partial(self._durable, layer, diff_id)
         )
 
-    def _durable(self, layer: ActiveLayer, outcome: Exception | None) -> None:
+    def _durable(self, layer: ActiveLayer, diff_id: str, outcome: Exception | None) -> None:
         """The states are on disk too: now the layer is worth a word."""
         if outcome is not None:
             log.warning("span states not synced", extra={"layer": layer.digest, "reason": str(outcome)})
@@ -160,7 +161,7 @@ class Background:
             self._context.counters.add("layers_verified")
             seconds = layer.files.states.offline_after
             log.info("layer complete and verified", extra={"layer": layer.digest, "offline_after_s": seconds})
-            self._context.tell_daemon(control.Complete(layer.digest, verified=True))
+            self._context.tell_daemon(control.Complete(layer.digest, verified=True, diff_id=diff_id))
         layer.unpin()
 
     def _mismatched(self, layer: ActiveLayer, reason: str | Exception) -> None:

@@ -13,7 +13,8 @@ and of the fetcher:
     opened   the answer to `open`: `blob`, `data` and `spans` exist now; or `error` says why not
     source   tell me where the blob is; `renew` when the last answer was refused by its host. `mirror` and `complaint`
              when a mirror gave it and did not do: "lied", or "failed"
-    complete every byte of the layer is stored; `verified` says whether the whole has the layer's digest
+    complete every byte of the layer is stored; `verified` says whether the whole has the layer's digest; `diff_id` is
+             what its tar stream has, when that has just been found out
 
 Concurrency: plain functions on a socket. Sources are secrets: they are in these packets and nowhere else.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from snapshotter import messages
@@ -103,6 +104,8 @@ class Complete:
 
     layer: Digest
     verified: bool
+    diff_id: str = field(default="", compare=False)
+    """The digest of the tar stream, when it has just been found out."""
 
 
 FromDaemon: TypeAlias = Open | Attach | Close | Source | NoSource
@@ -155,8 +158,8 @@ def _fields(message: Message) -> Mapping[str, Any]:
             return {"error": error} if error else {}
         case NeedSource(_, renew, mirror, complaint):
             return {"renew": renew} | ({"mirror": mirror, "complaint": complaint} if mirror else {})
-        case Complete(_, verified):
-            return {"verified": verified}
+        case Complete(_, verified, diff_id):
+            return {"verified": verified, "diff_id": diff_id}
     return {}
 
 
@@ -178,6 +181,6 @@ def _message(fields: Mapping[str, Any]) -> Message:
             return NeedSource(layer, renew, str(fields.get("mirror", "")), str(fields.get("complaint", "")))
         case {"op": "opened"}:
             return Opened(layer, str(fields.get("error", "")))
-        case {"op": "complete", "verified": bool(verified)}:
-            return Complete(layer, verified)
+        case {"op": "complete", "verified": bool(verified), "diff_id": str(diff_id)}:
+            return Complete(layer, verified, diff_id)
     raise ValueError(f"unknown control message {str(fields.get('op'))[:32]!r}")

@@ -147,22 +147,33 @@ def blob_has_digest(files: LayerFiles) -> bool:
     return f"sha256:{hasher.hexdigest()}" == files.digest
 
 
-def is_whole(files: LayerFiles, pause: Callable[[], None]) -> str:
-    """Return what is wrong with a layer of which everything is stored; nothing when it is right, and on disk for good.
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What came of looking at a layer as a whole."""
+
+    wrong: str
+    """What is wrong with it; empty when nothing is."""
+    diff_id: str = ""
+    """The digest of its tar stream, when nothing is wrong."""
+
+
+def prove(files: LayerFiles, pause: Callable[[], None]) -> Proof:
+    """Look whether a layer of which everything is stored is right; if so it is on disk for good.
 
     Two proofs: the blob has the layer's digest; and inflating it from its beginning, as an ordinary pull does,
     gives the bytes that its spans give one by one, so that the diffID is that of what is served. (A zTOC whose
     windows are wrong passes every other check.) `pause` is called between two spans. Raises OSError.
     """
     if not blob_has_digest(files):
-        return "the blob does not have the layer's digest"
+        return Proof("the blob does not have the layer's digest")
     try:
-        if not files.shared and not _spans_are_the_stream(files, pause):
-            return "its spans do not inflate to what the blob unpacks to"
+        diff_id = str(files.digest) if files.shared else _digest_of_stream(files, pause)
     except CorruptData as error:
-        return f"the blob does not unpack: {error}"
+        return Proof(f"the blob does not unpack: {error}")
+    if diff_id is None:
+        return Proof("its spans do not inflate to what the blob unpacks to")
     os.fdatasync(files.blob_fd)
-    return ""
+    return Proof("", diff_id)
 
 
 def make_durable(files: LayerFiles) -> None:
@@ -175,10 +186,14 @@ def make_durable(files: LayerFiles) -> None:
             os.close(fd)
 
 
-def _spans_are_the_stream(files: LayerFiles, pause: Callable[[], None]) -> bool:
-    """Compare the blob inflated from its beginning with its spans inflated one by one, in bounded memory."""
+def _digest_of_stream(files: LayerFiles, pause: Callable[[], None]) -> str | None:
+    """Return the digest of the blob inflated from its beginning; None when its spans inflate to anything else.
+
+    In bounded memory, and only as far as the spans go has the stream to be theirs.
+    """
     compression = "gzip" if files.algorithm is Algorithm.GZIP else "uncompressed"
     stream = decompress_stream(_pieces(files.blob_fd, files.compressed_size), compression)
+    hasher = hashlib.sha256()
     ahead = b""
     for number in range(files.span_count):
         span = files.span(number)
@@ -190,12 +205,15 @@ def _spans_are_the_stream(files: LayerFiles, pause: Callable[[], None]) -> bool:
         while start < len(expected):
             if not ahead:
                 ahead = next(stream, b"")
+                hasher.update(ahead)
             count = min(len(ahead), len(expected) - start)
             if not count or ahead[:count] != expected[start : start + count]:
-                return False
+                return None
             ahead, start = ahead[count:], start + count
         pause()
-    return True
+    for rest in stream:
+        hasher.update(rest)
+    return f"sha256:{hasher.hexdigest()}"
 
 
 def _pieces(fd: int, size: int) -> Iterator[bytes]:

@@ -46,6 +46,9 @@ class Rig:
     failures: list[Exception] = field(default_factory=list)
     """What to answer to the next questions instead of the place."""
 
+    async def note_complete(self, layer: Digest, verified: bool, _diff_id: str) -> None:
+        self.completed.append((layer, verified))
+
     async def source_of(self, question: control.NeedSource) -> BlobSource:
         layer, renew = question.layer, question.renew
         self.questions.append((layer, renew))
@@ -111,7 +114,7 @@ def with_fetcher(root: Path, registry: Registry, test: Callable[[Rig], Awaitable
             options=OPTIONS,
             source_of=rig.source_of,
             on_restart=lambda: rig.restarts.append(1),
-            on_complete=lambda layer, verified: rig.completed.append((layer, verified)),
+            on_complete=rig.note_complete,
         )
         async with background() as nursery:
             nursery.start_soon(rig.fetcher.run)

@@ -42,6 +42,7 @@ def test_a_layer_becomes_complete_and_verified(rig: Rig, compression: str) -> No
     layer = rig.add(make_layer(compression=compression))
     rig.open(layer, background=True)
     rig.wait_verified(layer)
+    assert rig.completions[-1].diff_id == sha256_digest(layer.tar)
     assert blob_of(rig, layer) == layer.blob, "the bytes before span 0 too"
     assert set(rig.states(layer)) == {SpanState.FETCHED}, "compressed only"
     assert max(rig.times_fetched(layer).values()) == 1

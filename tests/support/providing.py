@@ -21,10 +21,12 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
+from snapshotter.daemon import diffids
 from snapshotter.daemon.artifacts import ArtifactLimits, LayerArtifacts
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config
@@ -198,7 +200,7 @@ def _compose(
         options=json.dumps({"read_budget_s": options.read_budget, "log_level": "fatal"}),
         source_of=sources.answer,
         on_restart=lambda: parts[0].keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
-        on_complete=lambda _layer, _verified: None,
+        on_complete=partial(diffids.note_complete, store),
     )
     keeper = Keeper(
         holder=holder,
