@@ -32,7 +32,7 @@ from tests.support.registry import (
 
 ROLES = ("layer", "fetcher", "zygote", "daemon", "holder", "all")
 
-_KILLS = 6
+_KILLS = 8
 """Of each role in a round. Ten minutes have 20 rounds on a machine with two cores of its own: more than 100 of each."""
 
 _BYTES = "/blobs/|/storage/"
