@@ -22,6 +22,9 @@ from tests.support.images import ImageBuilder, LayerBlob
 from tests.support.process import Daemon, wait_until
 from tests.support.snapshots_client import RemoteSnapshotter
 
+_PATIENCE_S = 300.0
+"""How long a Prepare may take; containerd has no limit."""
+
 
 class Published(NamedTuple):
     """An image in the registry, with its index."""
@@ -48,7 +51,7 @@ class Direct:
     def __init__(self, site: Site, name: str, config: Mapping[str, object] | None = None) -> None:
         self.daemon: Daemon = site.daemon(name, config)
         self._channel = grpc.insecure_channel(f"unix:{self.daemon.address}")
-        self._snapshotter = RemoteSnapshotter(self._channel)
+        self._snapshotter = RemoteSnapshotter(self._channel, timeout=_PATIENCE_S)
         self._numbers = itertools.count(1)
 
     def prepare(self, image: Published, layer: int = 0) -> tuple[str, float]:

@@ -43,8 +43,9 @@ def served(snapshotter: Snapshotter, socket: Path) -> Iterator[RemoteSnapshotter
 class RemoteSnapshotter:
     """The client's side of the Snapshots service."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, *, timeout: float = _TIMEOUT) -> None:
         self._channel = channel
+        self._timeout = timeout
         self.stub = snapshots_pb2_grpc.SnapshotsStub(channel)
 
     def prepare(
@@ -54,7 +55,7 @@ class RemoteSnapshotter:
         request = api.PrepareSnapshotRequest(key=key, parent=parent, labels=labels)
         metadata = (("containerd-namespace", namespace),)
         with _translated():
-            return _mounts(self.stub.Prepare(request, metadata=metadata, timeout=_TIMEOUT).mounts)
+            return _mounts(self.stub.Prepare(request, metadata=metadata, timeout=self._timeout).mounts)
 
     def view(self, key: str, parent: str = "", labels: Mapping[str, str] | None = None) -> tuple[Mount, ...]:
         """Call View."""
