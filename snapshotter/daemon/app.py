@@ -187,7 +187,7 @@ class App:
             forker=forker,
             fetcher=self._fetcher,
             keeper=self._keeper,
-            not_lazy=lambda: self._provider.not_lazy,
+            not_lazy=self._why_not_lazy,
             resting=lambda: [name for name, host in client.statistics().hosts.items() if host.is_resting],
         )
         await nursery.start(self._keeper.run)
@@ -321,6 +321,9 @@ class App:
             wait = min(2 * wait, _MAX_RETEST_S)
             self._provider.not_lazy = await selftest.find_obstacle(self._keeper, self._root / "selftest")
         _log.info("images are lazy on this host from now on")
+
+    def _why_not_lazy(self) -> str:
+        return self._provider.not_lazy if self._provider.tested.is_set() else "the start-up test is not over"
 
     async def _watch_holder(self, holder: HolderClient) -> None:
         """Give a holder that was started again what the old one had. While there is none, the mounts go on."""

@@ -27,6 +27,9 @@ from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import Mountpoint
 from snapshotter.layer.spans import SpanView
 
+_KNOWN_S = 5.0
+"""How long an answer waits, after a start, for what is not known yet."""
+
 
 class Status:
     """Collects what there is to tell."""
@@ -90,7 +93,8 @@ async def serve(
     async def answer(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):
             if known is not None:
-                await known.wait()
+                with trio.move_on_after(_KNOWN_S):  # sooner than whoever asks gives up
+                    await known.wait()
             report = await trio.to_thread.run_sync(collect)
             await stream.send_all(json.dumps(report).encode())
         await stream.aclose()

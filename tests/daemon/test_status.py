@@ -167,6 +167,33 @@ def test_the_command_gets_what_the_daemon_says(workdir: Path) -> None:
     with_status(workdir, test)
 
 
+def test_an_answer_waits_for_what_is_not_known_yet_but_not_for_ever(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(kept: Kept, status_: Status) -> None:
+        known, answers = trio.Event(), []
+
+        async def ask() -> None:
+            answers.append(await asked(workdir))
+
+        async with background() as nursery:
+            nursery.start_soon(status.serve, workdir / reports.STATUS, status_.collect, known)
+            with trio.fail_after(30):
+                while not await trio.to_thread.run_sync(accepts_connections, workdir / reports.STATUS):
+                    await trio.sleep(0.01)
+                monkeypatch.setattr(status, "_KNOWN_S", 0.01)
+                await ask()
+                monkeypatch.setattr(status, "_KNOWN_S", 600.0)
+                async with trio.open_nursery() as asking:
+                    asking.start_soon(ask)
+                    await trio.sleep(0.2)
+                    assert len(answers) == 1
+                    known.set()
+                assert len(answers) == 2
+
+    with_status(workdir, test)
+
+
 def test_who_asks_and_goes_away_harms_nobody(workdir: Path) -> None:
     async def test(kept: Kept, status_: Status) -> None:
         async with answering(workdir, status_):
