@@ -1,6 +1,7 @@
 """`create` and `convert` on images in registries: no containerd, no layer on disk, each layer read once.
 
-Nothing is pushed before everything is built; only layers that go to another registry travel while they are indexed.
+What is pushed is named last, when everything is built. `create` sends nothing before; `convert` sends layers that go to
+another registry while they are indexed, and zTOCs as soon as they are there.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def convert_in_registry(
             await registry.push_blob(destination, CONFIG_BLOB)
             target = Destination(registry, destination, work.content, reference, nursery)
             work.content.sink = target.sink
+            work.builder.stored = lambda digest: target.send(digest, work.store)
             source = Overlay(work.store, work.content)
 
             def make() -> ConvertedImage:

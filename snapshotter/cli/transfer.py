@@ -53,6 +53,9 @@ class Destination:
         self._limit = trio.CapacityLimiter(CONCURRENCY)
         self._room = trio.Semaphore(TRAVELLING)
         self._travelling: dict[Digest, _Travelling] = {}
+        self._ahead: dict[Digest, trio.Event] = {}
+        """Artifacts that were sent before `push`, and when that had ended."""
+        self._arrived: set[Digest] = set()
 
     def sink(self, layer: Descriptor) -> Sink | None:
         """Return where to send a layer that is about to be read, None when it is there already."""
@@ -61,6 +64,15 @@ class Destination:
         sink = _Travelling(self._content, layer)
         self._content.call(lambda: self._start(sink))
         return sink
+
+    def send(self, digest: Digest, artifacts: ContentSource) -> None:
+        """Send an artifact ahead of `push`, which sends it again if that fails; for the thread that made it."""
+
+        async def start() -> None:
+            self._ahead[digest] = trio.Event()
+            self._nursery.start_soon(self._send_ahead, digest, artifacts)
+
+        self._content.call(start)
 
     async def push(self, blobs: Iterable[Descriptor], artifacts: ContentSource, target: Descriptor) -> None:
         """Push an image: all that it consists of, each after what it names, and last `target`, under its name.
@@ -97,9 +109,24 @@ class Destination:
             sink.ended.set()
             self._room.release()
 
+    async def _send_ahead(self, digest: Digest, artifacts: ContentSource) -> None:
+        try:
+            async with self._limit:
+                data = await trio.to_thread.run_sync(_read_artifact, artifacts, digest)
+                await self._registry.push_blob(self._reference, data)
+            self._arrived.add(digest)
+        except SnapshotterError:
+            return
+        finally:
+            self._ahead[digest].set()
+
     async def _push_blob(self, entry: Descriptor, artifacts: ContentSource) -> None:
         sink = self._travelling.get(entry.digest)
         if sink is not None and await sink.has_arrived():
+            return
+        if entry.digest in self._ahead:
+            await self._ahead[entry.digest].wait()
+        if entry.digest in self._arrived:
             return
         async with self._limit:
             if await trio.to_thread.run_sync(_has, artifacts, entry):
@@ -166,6 +193,10 @@ class _Travelling:
     def abort(self) -> None:
         self._aborted = True
         self.fail(SnapshotterError(f"layer {self.layer.digest}: interrupted"))
+
+
+def _read_artifact(artifacts: ContentSource, digest: Digest) -> bytes:
+    return read_verified(artifacts, digest, limit=MAX_ZTOC_SIZE)
 
 
 def _has(source: ContentSource, entry: Descriptor) -> bool:

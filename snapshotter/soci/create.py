@@ -154,6 +154,8 @@ class IndexBuilder:
         self._options = options
         self._report = report
         """Called in the order of the layers, in the caller's thread."""
+        self.stored: Callable[[Digest], None] = lambda _: None
+        """Called with each new zTOC, in the worker that stored it."""
         self._progress = progress
         self._stop = threading.Event()
 
@@ -336,6 +338,7 @@ class IndexBuilder:
                 build_tool=self._options.build_tool,
             )
         )
+        self.stored(built.digest)
         return self._entry(layer, built.digest, len(built.data))
 
     def _entry(self, layer: Descriptor, ztoc: Digest, size: int) -> LayerZtoc:
