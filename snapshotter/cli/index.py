@@ -10,7 +10,7 @@ from typing import Any
 
 from snapshotter.cli import verify
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands, Several, add_json
+from snapshotter.cli.options import Commands, Several, add_always_json, add_json
 from snapshotter.cli.output import age, print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.oci.platform import matches, parse_platform
@@ -41,6 +41,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.set_defaults(command=run_list)
     info = group.add_parser("info", parents=[shared], help="print an index")
     info.add_argument("digest", metavar="DIGEST")
+    add_always_json(info)
     info.set_defaults(command=run_info)
     verify.add_command(group, shared)
     remove = group.add_parser("remove", aliases=["rm"], parents=[shared], help="remove indices")

@@ -51,7 +51,7 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
         "--hosts-dir",
         metavar="DIR[,DIR]",
         default="",
-        help="containerd's directories of hosts.toml: mirrors and certificates; where one is, the options below do not count",
+        help="containerd's directories of hosts.toml: mirrors and certificates, besides those of the options below",
     )
     parser.add_argument("--tlscacert", metavar="FILE", help="authorities to trust besides the system's")
     parser.add_argument("--tlscert", metavar="FILE", help="certificate to show to the registry")
@@ -65,6 +65,11 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print one JSON document, for programs")
+
+
+def add_always_json(parser: argparse.ArgumentParser) -> None:
+    """--json where the output is a JSON document in any case."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document, as without it")
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

@@ -108,7 +108,7 @@ def convert_in_registry(
 @contextlib.asynccontextmanager
 async def _open(context: Context, reference: Reference, report: BuildReport) -> AsyncIterator[_Work]:
     options = create_options(context.arguments)
-    options = replace(options, workers=min(options.workers, LAYERS))
+    options = replace(options, workers=LAYERS)
     # Ranges come and go in many threads; a heap for each would keep some of them for ever.
     use_one_heap()
     async with context.registry(reference) as registry:

@@ -33,10 +33,11 @@ from snapshotter.units import Digest
 
 RANGE: Final = 4 << 20
 """Bytes per request."""
-AHEAD: Final = 4
-"""Ranges of a layer that are on their way or waiting: with what is worked on and sent on, some 32 MB for each layer."""
+AHEAD: Final = 3
+"""Ranges of a layer that are on their way or waiting: with what is worked on and sent on, some 30 MB for each layer."""
 LAYERS: Final = 4
-"""Layers that are read at the same time, however many processors there are: memory is to stay below 300 MB."""
+"""Layers that are read at the same time, however many processors there are: with two, both are now and then at their end
+at once, and the link rests; more would not stay below 300 MB."""
 
 T = TypeVar("T")
 

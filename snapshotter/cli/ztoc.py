@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from snapshotter.cli.context import Context, digest_argument
-from snapshotter.cli.options import Commands, add_json
+from snapshotter.cli.options import Commands, add_always_json, add_json
 from snapshotter.cli.output import print_json, print_table
 from snapshotter.errors import NotFound, SnapshotterError, UsageError
 from snapshotter.soci.artifacts import ZtocRow
@@ -40,6 +42,7 @@ def add_parser(commands: Commands, shared: argparse.ArgumentParser) -> None:
     listing.set_defaults(command=run_list)
     info = group.add_parser("info", parents=[shared], help="print what a zTOC holds, as JSON")
     info.add_argument("digest", metavar="DIGEST")
+    add_always_json(info)
     info.set_defaults(command=run_info)
     diff = group.add_parser(
         "diff", parents=[shared], help="say how two zTOCs differ; exit code 1 when they do"
@@ -117,10 +120,33 @@ def run_get_file(context: Context) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        with arguments.output.open("wb") as output:
-            output.writelines(pieces)
+        _write(arguments.output, pieces)
     except OSError as error:
         raise SnapshotterError(f"cannot write {arguments.output}: {error.strerror}") from error
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write a file that is there in full or as it was; what is no file, a device say, is written to as it goes."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as output:
+            output.writelines(pieces)
+        return
+    target = path.resolve()
+    with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", dir=target.parent, delete=False) as output:
+        try:
+            output.writelines(pieces)
+            output.flush()
+            os.chmod(output.fileno(), target.stat().st_mode if target.exists() else 0o666 & ~_umask())
+            os.replace(output.name, target)
+        except BaseException:
+            os.unlink(output.name)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _load(context: Context) -> tuple[ZtocRow, bytes, Ztoc]:

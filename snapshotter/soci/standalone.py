@@ -120,8 +120,8 @@ def _write_directory(
     target: Path, source: ContentSource, blobs: dict[Digest, Descriptor], index: bytes
 ) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
-        new = scratch / "new"
         directory = new / "blobs/sha256"
         directory.mkdir(parents=True)
         for digest in blobs:
@@ -131,9 +131,11 @@ def _write_directory(
         (new / "oci-layout").write_bytes(_LAYOUT)
         (new / "index.json").write_bytes(index)
         if target.exists():
-            target.rename(scratch / "old")
+            target.rename(old)
         new.rename(target)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)  # interrupted between the two
         shutil.rmtree(scratch)
 
 

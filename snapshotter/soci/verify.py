@@ -2,31 +2,31 @@
 
 Of each layer: its digest and diffID, its zTOC's digest, every span's digest, and the TOC against the real tar. A zTOC
 that the same rules give again, byte for byte, needs no more. One that they do not (of another tool) is looked at
-claim by claim.
+claim by claim, and each of its spans is inflated from its checkpoint.
 
 Concurrency: one thread; layers are read one after another, a span at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from snapshotter.errors import CorruptData, NotFound, RegistryError, SnapshotterError, UnsupportedLayer
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.soci.compare import entry_differences
 from snapshotter.soci.content import ContentSource, read_verified
-from snapshotter.soci.create import MAX_ZTOC_SIZE
+from snapshotter.soci.create import MAX_SPAN_SIZE, MAX_ZTOC_SIZE
 from snapshotter.soci.index import IndexVersion, LayerZtoc, SociIndex
 from snapshotter.soci.platforms import PlatformImage
 from snapshotter.soci.prefetch import parse as parse_prefetch
 from snapshotter.units import Digest, sha256_digest
 from snapshotter.ztoc.build import DEFAULT_SPAN_SIZE
 from snapshotter.ztoc.build import build as build_ztoc
-from snapshotter.ztoc.inflate import inflate_span
-from snapshotter.ztoc.model import Ztoc, xattrs
+from snapshotter.ztoc.inflate import decompress_stream, inflate_span
+from snapshotter.ztoc.model import Algorithm, Ztoc, xattrs
 from snapshotter.ztoc.parse import parse as parse_ztoc
-from snapshotter.ztoc.spans import Span, spans_of
+from snapshotter.ztoc.spans import spans_of
 
 WINDOW_SIZE = 32768
 
@@ -101,11 +101,15 @@ def _verify_layer(
         yield f"zTOC {entry.ztoc}: {len(data)} bytes, not the {entry.ztoc_size} of the index"
     if entry.disable_xattrs and any(xattrs(one) for one in ztoc.entries):
         yield "the index says that it has no extended attributes, but it has"
+    span_size = DEFAULT_SPAN_SIZE if entry.span_size is None else entry.span_size
+    if not 0 < span_size <= MAX_SPAN_SIZE:
+        yield f"the index gives it a span size of {span_size} bytes, which cannot be"
+        span_size = DEFAULT_SPAN_SIZE
     try:
         built = build_ztoc(
             layers.chunks(layer.digest),
             algorithm=ztoc.compression.algorithm,
-            span_size=DEFAULT_SPAN_SIZE if entry.span_size is None else entry.span_size,
+            span_size=span_size,
             build_tool=ztoc.build_tool,
         )
     except (NotFound, CorruptData, UnsupportedLayer, RegistryError) as error:
@@ -125,7 +129,7 @@ def _verify_layer(
         )
     yield from (f"zTOC -> tar: {line}" for line in entry_differences(ztoc.entries, built.ztoc.entries))
     yield from _verify_digests(ztoc, layer.digest, layers)
-    yield from _verify_spans(ztoc, data, layer.digest, layers, spans_of(built.ztoc))
+    yield from _verify_spans(ztoc, data, layer.digest, layers)
 
 
 def _verify_digests(ztoc: Ztoc, layer: Digest, layers: ContentSource) -> Iterator[str]:
@@ -139,19 +143,16 @@ def _verify_digests(ztoc: Ztoc, layer: Digest, layers: ContentSource) -> Iterato
             yield f"span {span.id}: its bytes have digest {found}, the zTOC says {span.digest}"
 
 
-def _verify_spans(
-    ztoc: Ztoc, data: bytes, layer: Digest, layers: ContentSource, real: Sequence[Span]
-) -> Iterator[str]:
-    """Inflate every span from its checkpoint, where the zTOC's checkpoints are not those that a new scan gives."""
-    windows = {span.uncompressed_start: span[1:6] for span in real}
+def _verify_spans(ztoc: Ztoc, data: bytes, layer: Digest, layers: ContentSource) -> Iterator[str]:
+    """Inflate every span from its checkpoint, and compare that with what the layer is from its beginning."""
+    compression = "gzip" if ztoc.compression.algorithm is Algorithm.GZIP else "uncompressed"
+    truth = _Truth(decompress_stream(layers.chunks(layer), compression))
     for span in spans_of(ztoc):
-        if windows.get(span.uncompressed_start) == span[1:6]:
-            continue
         window = None
         if span.window_offset >= 0:
             window = memoryview(data)[span.window_offset : span.window_offset + WINDOW_SIZE]
         try:
-            inflate_span(
+            inflated = inflate_span(
                 layers.read_range(layer, span.compressed_start, span.compressed_end),
                 algorithm=ztoc.compression.algorithm,
                 bits=span.bits,
@@ -160,3 +161,29 @@ def _verify_spans(
             )
         except (NotFound, CorruptData, RegistryError) as error:
             yield f"span {span.id}: {error}"
+            continue
+        if inflated != truth.read(span.uncompressed_start, span.uncompressed_end):
+            yield f"span {span.id}: from its checkpoint it inflates to other bytes than the layer has there"
+
+
+class _Truth:
+    """A tar stream that is read forwards, in ranges."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._kept = bytearray()
+        self._start = 0
+        """Where in the stream what is kept begins."""
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return the bytes `[start, end)`, fewer at the end; `start` must not be behind that of the last call."""
+        while self._start + len(self._kept) < end and (piece := next(self._pieces, None)) is not None:
+            self._kept += piece
+            self._drop(start)
+        self._drop(start)
+        return bytes(self._kept[: end - start])
+
+    def _drop(self, start: int) -> None:
+        passed = min(max(start - self._start, 0), len(self._kept))
+        del self._kept[:passed]
+        self._start += passed

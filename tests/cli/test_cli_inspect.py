@@ -178,6 +178,9 @@ def test_ztoc_get_file(soci: Soci, image: Image, tmp_path: Path, containerd: Con
         soci("ztoc", "get-file", digest, "link", "-o", target)
         assert target.read_bytes() == FILES["dir/big"]
         assert "cannot write" in soci.fails("ztoc", "get-file", digest, "dir/big", "-o", tmp_path / "no/such")
+        assert sorted(path.name for path in target.parent.iterdir() if target.name in path.name) == [
+            target.name
+        ]
 
 
 @pytest.mark.parametrize(

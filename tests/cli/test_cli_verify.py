@@ -19,6 +19,7 @@ from snapshotter.soci.verify import verify
 from snapshotter.units import Digest
 from snapshotter.ztoc.parse import parse as parse_ztoc
 from snapshotter.ztoc.serialize import serialize
+from snapshotter.ztoc.spans import spans_of
 from tests.cli.conftest import Soci
 from tests.support.images import Image, ImageBuilder
 
@@ -89,6 +90,32 @@ def test_a_wrong_claim_of_a_ztoc_is_named(soci: Soci, image: Image) -> None:
     assert found[0] == f"layer {first.layer}: zTOC -> tar: file a: uid 7 -> 0"
     assert found[1].startswith(f"layer {first.layer}: span 0: its bytes have digest")
     assert len(found) == 2
+
+
+def test_a_checkpoint_that_inflates_to_something_else_is_named(soci: Soci, tmp_path: Path) -> None:
+    words = b" ".join(b"%d" % (number * number % 9973) for number in range(100_000))
+    image = ImageBuilder(tmp_path / "words").layer({"a": words}).build()
+    soci(*CREATE, "--force", "--oci-layout", image.layout, "app")
+    index, store = index_of(soci), store_of(soci)
+    (entry,) = index.ztocs
+    data = bytearray(read_verified(store, entry.ztoc))
+    span = spans_of(parse_ztoc(bytes(data)))[1]
+    data[span.window_offset : span.window_offset + 32768] = bytes(32768)
+    lie = replace(entry, ztoc=store.write(bytes(data)))
+    wrong = build(IndexVersion.V1, [lie], build_tool="x", subject=index.subject)
+    assert findings(soci, image, wrong) == [
+        f"layer {entry.layer}: span 1: from its checkpoint it inflates to other bytes than the layer has there"
+    ]
+
+
+@pytest.mark.parametrize("size", [0, 2**63])
+def test_a_span_size_that_cannot_be_is_named(soci: Soci, image: Image, size: int) -> None:
+    index = index_of(soci)
+    lie = replace(index.ztocs[1], span_size=size)
+    wrong = build(IndexVersion.V1, [index.ztocs[0], lie], build_tool="x", subject=index.subject)
+    assert findings(soci, image, wrong) == [
+        f"layer {lie.layer}: the index gives it a span size of {size} bytes, which cannot be"
+    ]
 
 
 def test_a_wrong_index_is_named(soci: Soci, image: Image) -> None:
