@@ -103,7 +103,7 @@ class LayerConfig:
     """Compiling zTOCs, which are foreign bytes, in a process of its own."""
 
     compile_memory_max_bytes: int = value(
-        # Not measured: room for a directory of a million entries, too little to hurt a host.
+        # A million files take 1.0 GB (docs/performance.md): room for that, and too little to hurt a host.
         1024 * MIB,
         "Memory that compiling one zTOC may take; beyond it the layer is not lazy.",
         unit="bytes",
