@@ -35,7 +35,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 class Containerd:
     """containerd in `directory` (short: it holds sockets), with `snapshotters` (name to socket) as proxy plugins.
 
-    `cri` names the snapshotter of the CRI plugin, which is off without it. `prefix` is a command put before
+    `cri` names the snapshotter of the CRI plugin, which is off without it, and `pause` the image of its pods. `prefix` is a command put before
     containerd's and ctr's own, say to enter a network namespace; `env` is added to their environment.
     """
 
@@ -45,6 +45,7 @@ class Containerd:
         *,
         snapshotters: Mapping[str, Path] | None = None,
         cri: str | None = None,
+        pause: str = "",
         prefix: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         namespace: str = "default",
@@ -54,6 +55,7 @@ class Containerd:
         self.namespace = namespace
         self.snapshotters = dict(snapshotters or {})
         self._cri = cri
+        self._pause = pause
         self._prefix = list(prefix)
         self._env = dict(env or {})
         self._names = (f"t{os.getpid()}-{number}" for number in itertools.count())
@@ -232,6 +234,7 @@ class Containerd:
             plugins[_CRI] = {
                 "disable_tcp_service": True,
                 "restrict_oom_score_adj": True,
+                "sandbox_image": self._pause,
                 "cni": {"bin_dir": str(self.directory / "cni"), "conf_dir": str(self.directory / "cni")},
                 "containerd": {"snapshotter": self._cri, "disable_snapshot_annotations": False},
             }
