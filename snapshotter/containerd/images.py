@@ -56,7 +56,9 @@ class Images:
     def label(self, name: str, labels: Mapping[str, str]) -> None:
         """Set `labels`; others stay. Raises NotFound."""
         mask = FieldMask(paths=[f"labels.{key}" for key in labels])
-        request = pb.UpdateImageRequest(image=pb.Image(name=name, labels=labels), update_mask=mask)
+        # containerd 1.7 and newer read the target although the mask leaves it out, and die where there is none.
+        image = pb.Image(name=name, labels=labels, target=types_pb2.Descriptor())
+        request = pb.UpdateImageRequest(image=image, update_mask=mask)
         self._connection.call(self._stub.Update, request, f"image {name}")
 
     def remove(self, name: str, *, collect: bool = False) -> None:
