@@ -89,8 +89,12 @@ def read_or_fail(rig: Rig, layer: Layer, span: int) -> bool:
 def test_a_reader_is_bounded_and_then_served(rig: Rig, registry: Registry, kind: str) -> None:
     layer = rig.add(make_layer())
     fault = registry.fault(FAULTS[kind]())
-    assert not read_or_fail(rig, layer, 4) or kind == "slow"
+    for _try in range(20):
+        answered = read_or_fail(rig, layer, 4)
+        if fault.hits > 0:  # on a busy machine the time of a read may have passed before its request was made
+            break
     assert fault.hits > 0
+    assert not answered or kind == "slow"
     registry.clear_faults()
     server = rig.connect(layer)
     for span in (4, 5, 15):
