@@ -27,7 +27,7 @@ from typing import Protocol
 import trio
 
 from snapshotter import messages
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import NotFound, SnapshotterError
 from snapshotter.fuse import kernel, mounting
 from snapshotter.fuse.arguments import ServeArguments
 from snapshotter.fuse.blocking import Blocking
@@ -329,7 +329,7 @@ class Keeper:
         opened = []
         try:
             if self._mend is not None and (mountpoint.is_damaged or not _are_there(spec)):
-                await self._mend(spec)
+                await self._try_to_mend(self._mend, spec)
             for name, path in _files(spec):
                 opened.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 fds[name] = opened[-1]
@@ -348,6 +348,18 @@ class Keeper:
         finally:
             for fd in opened:
                 os.close(fd)
+
+    async def _try_to_mend(self, mend: Mend, spec: MountSpec) -> None:
+        """Mend a layer for a server. What cannot be mended may do all the same: only the server knows."""
+        try:
+            await mend(spec)
+        except NotFound:
+            pass  # nobody wants it any more, or it is the start-up test's
+        except (SnapshotterError, OSError, trio.TooSlowError) as error:
+            _log.warning(
+                "files of a layer could not be mended",
+                extra={"layer": spec.layer, "error": str(error) or type(error).__name__},
+            )
 
     async def _forget(self, mountpoint: Mountpoint) -> None:
         mountpoint.state = State.GONE

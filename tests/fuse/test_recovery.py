@@ -15,8 +15,9 @@ import pytest
 import trio
 
 from snapshotter import messages
+from snapshotter.errors import ProcessFailed
 from snapshotter.fuse import keeper, mounting
-from snapshotter.fuse.mountpoint import State, held_names, make_mount
+from snapshotter.fuse.mountpoint import MountSpec, State, held_names, make_mount
 from snapshotter.layer import wire
 from snapshotter.units import Digest
 from tests.conftest import ExpectedLogs
@@ -353,5 +354,27 @@ def test_readers_that_are_killed_are_gone_at_once(workdir: Path) -> None:
                     assert await process.wait() == -signal.SIGKILL
             gate.say_no(3)  # the requests that fetch the pages keep the mount as long as they wait
         gate.close()
+
+    trio.run(main)
+
+
+def test_a_layer_that_cannot_be_mended_is_tried_all_the_same(
+    workdir: Path, layer: LazyLayer, expected_logs: ExpectedLogs
+) -> None:
+    """A server that is killed before it has opened its files looks as if they were damaged."""
+    expected_logs.allow("files of a layer could not be mended")
+    tries: list[MountSpec] = []
+
+    async def cannot(spec: MountSpec) -> None:
+        tries.append(spec)
+        raise ProcessFailed("no fetcher")
+
+    async def main() -> None:
+        async with keeping(workdir, mend=cannot) as kept:
+            spec = layer.spec(1, workdir / "m")
+            mountpoint = await kept.keeper.mount(spec)
+            mountpoint.is_damaged = True
+            assert await shell(f"cat {spec.target}/b") == "B"
+            assert tries == [spec]
 
     trio.run(main)

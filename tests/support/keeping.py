@@ -14,6 +14,7 @@ from snapshotter.fuse.forker import Forker
 from snapshotter.fuse.holding import HolderClient
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import MountSpec, State
+from snapshotter.fuse.restoring import Mend
 from snapshotter.units import Digest
 
 
@@ -54,6 +55,7 @@ async def keeping(
     gate: object = None,
     idle_timeout: float = 60.0,
     read_budget: float = 10.0,
+    mend: Mend | None = None,
     leave: bool = False,
 ) -> AsyncIterator[Kept]:
     """Run a keeper below `root`; at the end every mount is taken down and the holder ended.
@@ -72,6 +74,7 @@ async def keeping(
         read_budget=read_budget,
         read_ahead_kb=128,
         on_gone=lambda spec, _counters: gone.append(spec),
+        mend=mend,
     )
     kept = Kept(keeper, forker, holder, gone)
     try:
