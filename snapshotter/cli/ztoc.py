@@ -14,7 +14,7 @@ from typing import Any
 from snapshotter.cli.context import Context, digest_argument
 from snapshotter.cli.options import Commands, add_always_json, add_json
 from snapshotter.cli.output import print_json, print_table
-from snapshotter.errors import NotFound, SnapshotterError, UsageError
+from snapshotter.errors import InvalidZtoc, NotFound, SnapshotterError, UsageError
 from snapshotter.soci.artifacts import ZtocRow
 from snapshotter.soci.compare import differences
 from snapshotter.soci.content import ContentSource, read_verified
@@ -106,6 +106,8 @@ def _read_any(context: Context, name: str) -> Ztoc:
         return parse(Path(name).read_bytes())
     except OSError as error:
         raise UsageError(f"zTOC {name}: {error.strerror}") from None
+    except InvalidZtoc as error:
+        raise InvalidZtoc(f"file {name}: {error}") from None
 
 
 def run_get_file(context: Context) -> None:

@@ -84,6 +84,12 @@ class CreateOptions:
             raise UsageError(f"span size {self.span_size}: a zTOC holds at most {MAX_SPAN_SIZE}")
         if self.min_layer_size < 0:
             raise UsageError(f"minimum layer size {self.min_layer_size}: must not be negative")
+        try:
+            self.build_tool.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"build tool identifier {self.build_tool!a}: is not UTF-8") from None
+        if "" in self.prefetch:
+            raise UsageError("prefetch: an empty name; `/` stands for everything")
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,7 @@ def test_ztoc_info(soci: Soci, image: Image) -> None:
     assert files["empty"]["start_span"] == files["empty"]["end_span"]
     index = index_row(soci).digest
     assert "see `soci index info`" in soci.fails("ztoc", "info", index)
+    assert soci("index", "info", "--json", index).out == soci("index", "info", index).out
     unknown = sha256_digest(b"unknown")
     assert soci.fails("ztoc", "info", unknown).startswith(f"zTOC {unknown}: not known here")
 

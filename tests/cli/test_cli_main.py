@@ -70,6 +70,14 @@ USAGE = {
     "no image": (["create"], "required: IMAGE; see `soci create --help`"),
     "span size": (["create", "--span-size", "4MiB", "x"], "argument --span-size: invalid int value: '4MiB'"),
     "negative span size": (["create", "--span-size", "-1", "x"], "span size -1: must not be negative"),
+    "build tool": (
+        ["create", "--build-tool-identifier", "\udcff", "x"],
+        r"build tool identifier '\udcff': is not UTF-8",
+    ),
+    "prefetch": (
+        ["create", "--prefetch-file", "", "x"],
+        "prefetch: an empty name; `/` stands for everything",
+    ),
     "large span size": (
         ["create", "--span-size", str(1 << 63), "x"],
         "span size 9223372036854775808: a zTOC holds at most 9223372036854775807",

@@ -108,14 +108,21 @@ def test_a_checkpoint_that_inflates_to_something_else_is_named(soci: Soci, tmp_p
     ]
 
 
-@pytest.mark.parametrize("size", [0, 2**63])
-def test_a_span_size_that_cannot_be_is_named(soci: Soci, image: Image, size: int) -> None:
+def test_a_span_for_every_block_is_right(soci: Soci, image: Image) -> None:
+    soci(*CREATE[:3], "--span-size", "0", "--force", "--oci-layout", image.layout, "app")
+    assert findings(soci, image, index_of(soci)) == []
+
+
+@pytest.mark.parametrize(("compression", "size"), [("gzip", 2**63), ("uncompressed", 0)])
+def test_a_span_size_that_cannot_be_is_named(soci: Soci, tmp_path: Path, compression: str, size: int) -> None:
+    builder = ImageBuilder(tmp_path / "sizes").layer({"a": os.urandom(100_000)}, compression=compression)
+    image = builder.build()
+    soci(*CREATE, "--oci-layout", image.layout, "app")
     index = index_of(soci)
-    lie = replace(index.ztocs[1], span_size=size)
-    wrong = build(IndexVersion.V1, [index.ztocs[0], lie], build_tool="x", subject=index.subject)
-    assert findings(soci, image, wrong) == [
-        f"layer {lie.layer}: the index gives it a span size of {size} bytes, which cannot be"
-    ]
+    lie = replace(index.ztocs[0], span_size=size)
+    wrong = build(IndexVersion.V1, [lie], build_tool="x", subject=index.subject)
+    said = f"layer {lie.layer}: the index gives it a span size of {size} bytes, which cannot be"
+    assert said in findings(soci, image, wrong)
 
 
 def test_a_wrong_index_is_named(soci: Soci, image: Image) -> None:
@@ -150,3 +157,5 @@ def test_ztoc_diff(soci: Soci, image: Image, tmp_path: Path) -> None:
     found = json.loads(soci("ztoc", "diff", "--json", one, changed, code=1).out)
     assert found == [f"build tool: {ztoc.build_tool} -> x", "file a: mode 420 -> 0"]
     assert "No such file" in soci.fails("ztoc", "diff", one, tmp_path / "none")
+    changed.write_bytes(b"")
+    assert str(changed) in soci.fails("ztoc", "diff", one, changed)
