@@ -46,7 +46,7 @@ def give_back() -> None:
 
 
 def _unmap_code() -> None:
-    """Let go of the pages of libraries' code: what is used is mapped again from the page cache, some microseconds each.
+    """Let go of the pages of libraries' code and constants: what is used is mapped again, some microseconds each.
 
     A start runs through megabytes of code that is never needed again, and the kernel takes what is mapped last. Only
     mappings that nobody can write, and in which nothing is changed, can be left to the page cache so.
@@ -59,13 +59,13 @@ def _unmap_code() -> None:
 
 
 def _code() -> list[tuple[int, int]]:
-    """Return the addresses `[start, end)` of unchanged code from files."""
+    """Return the addresses `[start, end)` of unchanged code and constants from files."""
     found = []
     here = None
     with open("/proc/self/smaps", encoding="ascii", errors="replace") as file:
         for line in file:
             if (mapping := _MAPPING.match(line)) is not None:
-                code = mapping["mode"] == "r-xp" and mapping["path"].startswith("/")
+                code = mapping["mode"] in {"r-xp", "r--p"} and mapping["path"].startswith("/")
                 here = (int(mapping["start"], 16), int(mapping["end"], 16)) if code else None
             elif here is not None and line.split() == ["Anonymous:", "0", "kB"]:
                 found.append(here)

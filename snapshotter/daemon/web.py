@@ -42,13 +42,20 @@ def serve(collectors: Iterable[Collector], health: Health, network: str, address
         host, _, port = address.rpartition(":")
         server = _Server((host.strip("[]"), int(port)), _Handler)
     server.set_app(_application(make_wsgi_app(registry), health))
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    ending = threading.Event()
+
+    def run() -> None:  # `serve_forever` looks twice a second whether it is to end
+        while not ending.is_set():
+            server.handle_request()
+
+    thread = threading.Thread(target=run, name="metrics", daemon=True)
     thread.start()
 
     def stop() -> None:
-        server.shutdown()
-        server.server_close()
+        ending.set()
+        server.socket.shutdown(socket.SHUT_RDWR)  # which `handle_request` sees
         thread.join()
+        server.server_close()
 
     return stop
 

@@ -21,7 +21,6 @@ Concurrency: one thread, one message at a time.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 import os
 import resource
@@ -33,6 +32,7 @@ from typing import Any
 
 from snapshotter import logs, messages
 from snapshotter.fuse import compiling, server
+from snapshotter.heap import settle
 
 _CLONE_NEWNET = 0x40000000
 _PR_SET_DUMPABLE = 4
@@ -77,9 +77,8 @@ def main(argv: list[str]) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     logs.setup(level=argv[3])
     server.preload()
+    settle()  # which needs /proc
     leave_the_world(argv[2])
-    gc.collect()
-    gc.freeze()
     while (received := messages.receive(control)) is not None:
         message, fds = received
         try:
