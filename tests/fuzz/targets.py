@@ -62,6 +62,7 @@ from snapshotter.registry import auth, challenge, hostsfile, referrers, replies
 from snapshotter.registry.hosts import own_host
 from snapshotter.registry.keychain import DockerConfigKeychain
 from snapshotter.registry.source import BlobSource
+from snapshotter.registry.tls import Trust
 from snapshotter.registry.wire import Exchange, Reply, joined
 from snapshotter.sdnotify import Notifier
 from snapshotter.snapshot.filters import compile_filters
@@ -562,7 +563,7 @@ def toml_config(data: bytes) -> None:
 def hosts_file(data: bytes) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         Path(directory, "hosts.toml").write_bytes(data)
-        reader = hostsfile._Reader(Path(directory), "registry.example", None, ())
+        reader = hostsfile._Reader(Path(directory), "registry.example", None, (), Trust())
         assert reader.hosts(), "a registry has always a host: itself"
 
 
