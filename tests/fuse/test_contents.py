@@ -213,6 +213,7 @@ def test_random_reads_beside_random_evictions_are_never_wrong(layer: LazyLayer) 
         fetcher = Fetcher(parts)
         source = random.Random(3)
         stop = trio.Event()
+        right: list[str] = []
 
         async def evict() -> None:
             while not stop.is_set():
@@ -225,7 +226,14 @@ def test_random_reads_beside_random_evictions_are_never_wrong(layer: LazyLayer) 
             for _ in range(60):
                 name = source.choice(list(FILES))
                 offset, size = source.randrange(len(FILES[name]) + 1), source.randrange(50_000)
-                assert await parts.read(name, offset, size) == FILES[name][offset : offset + size]
+                try:
+                    got = await parts.read(name, offset, size)
+                except OSError as error:  # on a slow disk one read may lose to eight evictions
+                    if "evicted 8 times" not in str(error):
+                        raise
+                    continue
+                assert got == FILES[name][offset : offset + size]
+                right.append(name)
 
         async with background() as beside:
             beside.start_soon(fetcher.serve)
@@ -234,6 +242,7 @@ def test_random_reads_beside_random_evictions_are_never_wrong(layer: LazyLayer) 
                 for _ in range(4):
                     nursery.start_soon(read)
             stop.set()
+        assert right
         fetcher.close()
 
     with_parts(layer, test)
