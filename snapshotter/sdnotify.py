@@ -11,13 +11,10 @@ Deliberately absent: watchdog timers (the caller knows when it is well) and any 
 from __future__ import annotations
 
 import array
-import logging
 import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-
-log = logging.getLogger(__name__)
 
 _FIRST_FD = 3
 """Descriptors handed over start after stdin, stdout and stderr."""
@@ -100,7 +97,7 @@ class Notifier:
                 sender.settimeout(_TIMEOUT)
                 sender.sendmsg([message], rights, 0, self._address)
         except OSError as error:
-            log.warning("service manager not reached", extra={"about": lines[0], "reason": str(error)})
+            _warn("service manager not reached", about=lines[0], reason=str(error))
             return False
         return True
 
@@ -131,12 +128,16 @@ def listen_fds(environ: Mapping[str, str] = os.environ) -> list[tuple[int, str]]
         try:
             os.set_inheritable(fd, False)
         except OSError as error:  # a lie of the environment, or closed before we were asked
-            log.warning(
-                "descriptor of the service manager is not open", extra={"fd": fd, "reason": str(error)}
-            )
+            _warn("descriptor of the service manager is not open", fd=fd, reason=str(error))
             break
         found.append((fd, names[i] if i < len(names) else "unknown"))
     return found
+
+
+def _warn(message: str, **about: object) -> None:
+    import logging  # noqa: PLC0415  1 MB, a seventh of the holder, which next to never has anything to say
+
+    logging.getLogger(__name__).warning(message, extra=about)
 
 
 def _number(text: str) -> int:

@@ -10,7 +10,6 @@ Concurrency: as metrics.py.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -133,13 +132,15 @@ class ReferenceCollector:
         return family
 
     def _by_image_and_layer(self) -> Iterator[Metric]:
-        images: dict[str, Counter[str]] = {}
+        images: dict[str, dict[str, int]] = {}
         sizes = _untyped("soci_fs_layer_size_bytes", "Compressed bytes of each mounted layer.")
         fetched = _untyped("soci_fs_layer_fetched_size_bytes", "How many of them are on this host.")
         for each in self._numbers.layers():
             _add(sizes, each.size, digest=each.layer, mountpoint=each.target)
             _add(fetched, each.fetched, digest=each.layer, mountpoint=each.target)
-            images.setdefault(each.image, Counter()).update(each.counters)
+            sums = images.setdefault(each.image, dict.fromkeys(IMAGE_OPERATIONS.values(), 0))
+            for ours in sums:  # of all its counters these alone: hundreds of mounts are scraped at once
+                sums[ours] += each.counters.get(ours, 0)
         operations = _untyped("soci_fs_image_operation_count_key", "FUSE requests by mounted image.")
         for image, counters in sorted(images.items()):
             for name, ours in IMAGE_OPERATIONS.items():
