@@ -41,6 +41,11 @@ from snapshotter.layer.spans import SpanState
 log = logging.getLogger(__name__)
 
 
+PATIENT_SECONDS = 5.0
+"""A layer that has everything waits no longer than this for readers to be quiet before it is verified: when all of an
+image is read, verifying goes on beside that."""
+
+
 class Pause:
     """Lets readers go first: a pause between two spans while they are asking. For the chore thread."""
 
@@ -89,16 +94,16 @@ class Background:
         if layer.absent == 0 and not (layer.verifying or layer.mismatched or layer.files.states.verified):
             layer.verifying = True
             layer.pin()
-            self._verify_when_quiet(layer)
+            self._verify_when_quiet(layer, trio.current_time() + PATIENT_SECONDS)
 
-    def _verify_when_quiet(self, layer: ActiveLayer) -> None:
-        """Verify a layer that has everything. That takes a processor for seconds, so readers go first for a while."""
-        quiet_at = self._context.link.quiet_at()
+    def _verify_when_quiet(self, layer: ActiveLayer, latest: float) -> None:
+        """Verify a layer that has everything. That takes a processor for seconds, so readers go first, but not for ever."""
+        quiet_at = min(self._context.link.quiet_at(), latest)
         if layer.closed or layer.absent:
             layer.verifying = False
             layer.unpin()
         elif trio.current_time() < quiet_at:
-            self._context.timers.at(quiet_at, partial(self._verify_when_quiet, layer))
+            self._context.timers.at(quiet_at, partial(self._verify_when_quiet, layer, latest))
         else:
             self._context.chores.submit(
                 0,
