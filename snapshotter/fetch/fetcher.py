@@ -179,6 +179,8 @@ class Fetcher:
 
     def _message(self, layer: ActiveLayer, reader: Reader, message: Message) -> None:
         """Deal with one message. Raises ValueError when no server would send it."""
+        if layer.closed:
+            return  # it came on its way out
         self._context.link.active(trio.current_time())
         match message:
             case Want(first, end, _):

@@ -95,10 +95,11 @@ class Schedule:
         self._turns[Priority.BACKGROUND].setdefault(layer)
 
     def read(self, layer: str, end: int) -> None:
-        """A reader of `layer` has come to the span before `end`: the background goes on from there."""
+        """A reader of `layer`, if it is still there, has come to the span before `end`: the background goes on from there."""
         self._reads += 1
-        wishes = self._layers[layer]
-        wishes.read, wishes.place = self._reads, end
+        wishes = self._layers.get(layer)
+        if wishes is not None:
+            wishes.read, wishes.place = self._reads, end
 
     def discard(self, layer: str, span: int) -> None:
         """Nobody wants `span` any more, or it has come."""

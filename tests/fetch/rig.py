@@ -462,14 +462,19 @@ class Server:
         """Return what `data` holds of `span`; fails unless its state says that it may be read."""
         with self._paths.spans.open("rb") as file:
             view = SpanView(file.fileno())
-            state = view.state(span)
+        try:
+            word = view.word(span)
+            if view.state(span) is not SpanState.INFLATED:
+                raise Evicted(span)
+            where = self._layer.spans[span]
+            with self._paths.data.open("rb") as file:
+                file.seek(where.uncompressed_start)
+                data = file.read(where.uncompressed_end - where.uncompressed_start)
+            if view.word(span) != word:  # as a layer server looks again
+                raise Evicted(span)
+        finally:
             view.close()
-        if state is not SpanState.INFLATED:
-            raise Evicted(span)
-        where = self._layer.spans[span]
-        with self._paths.data.open("rb") as file:
-            file.seek(where.uncompressed_start)
-            return file.read(where.uncompressed_end - where.uncompressed_start)
+        return data
 
     def close(self) -> None:
         """Go away."""
