@@ -29,6 +29,7 @@ import pytest
 
 from tests.support import host, process
 from tests.support.containerd import remove_directory
+from tests.support.registry import Registry
 
 _PREFIX = "st-"
 
@@ -129,3 +130,10 @@ def _workdir() -> Iterator[Path]:
         remove_directory(directory)
     assert not mounts, f"mounts left behind: {mounts}"
     assert not processes, f"processes left behind: {processes}"
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    """A registry over plain HTTP, without a fault."""
+    with Registry() as registry:
+        yield registry

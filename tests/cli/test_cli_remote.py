@@ -8,10 +8,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from snapshotter.cli.labels import IMAGE_LAYERS, LAYERS_SIZE, MAX_LABEL_SIZE, remote_labels
 from snapshotter.cli.unpack import chain_ids
@@ -27,12 +24,6 @@ from tests.support.registry import Image, Registry
 
 REMOTE = "containerd.io/snapshot/remote"
 CRI = "containerd.io/snapshot/cri"
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def add_image(registry: Registry) -> tuple[Image, list[bytes]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,12 +73,6 @@ class Rig:
         """Return what interrupted writes have left."""
         found = self.store.paths(layer.digest).directory
         return [name for name in os.listdir(found) if name.startswith(".")] if found.exists() else []
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def with_rig(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,12 +32,6 @@ CONTENT = random.Random(11).randbytes(300_000)
 ONE = make_tar({"big": CONTENT, "small": b"S"})
 TWO = make_tar({"other": b"O" * 1000})
 pytestmark = pytest.mark.usefixtures("fuse")
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def published_with(registry: Registry, ztoc: bytes) -> IndexedImage:

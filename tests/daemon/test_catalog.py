@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,6 @@ from tests.support.registry_clients import ONCE, client_for
 
 BOTH = Modes(v1=True, v2=True)
 TARS = [make_tar({"a": b"A" * 1000})]
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 @pytest.fixture

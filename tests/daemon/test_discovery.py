@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -37,12 +36,6 @@ ONLY_V2 = Modes(v1=False, v2=True)
 NEITHER = Modes(v1=False, v2=False)
 TARS = [make_tar({"a": b"A" * 1000}), make_tar({"b": b"B" * 1000})]
 NOWHERE = Digest("sha256:" + "e" * 64)
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def find(

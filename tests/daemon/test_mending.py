@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ CONTENT = random.Random(5).randbytes(300_000)
 FILES = {"first": CONTENT, "second": CONTENT[::-1], "third": b"3" * 50_000}
 SAID = "a tree is missing or damaged"
 pytestmark = pytest.mark.usefixtures("fuse")
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,12 +37,6 @@ FEW = RetryPolicy(attempts=2, first_wait=0.01)
 PARALLEL = replace(USUAL, keep_blobs=False, limits=Limits(connections=2, range_size=100_000, retry=FEW))
 OPTIONS = Options(processes=False, parallel=PARALLEL)
 pytestmark = pytest.mark.usefixtures("fuse")
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def unindexed(registry: Registry) -> IndexedImage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +30,6 @@ TWO = make_tar({"two": b"2" * 100_000, "etc/b": b"B"})
 THREE = make_tar({"three": b"3" * 100_000})
 QUIET = Options(processes=False)
 pytestmark = pytest.mark.usefixtures("fuse")
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 # --- what labels say

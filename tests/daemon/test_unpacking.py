@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import stat
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +37,6 @@ from tests.support.registry_clients import client_for
 
 TAR = tar({"d/": directory(0o750), "d/file": b"content" * 10_000})
 pytestmark = pytest.mark.usefixtures("root")
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    with Registry() as registry:
-        yield registry
 
 
 def manifest_of(image: Image) -> ImageManifest:

@@ -12,13 +12,6 @@ from tests.support.registry import Registry
 
 
 @pytest.fixture
-def registry() -> Iterator[Registry]:
-    """A registry over plain HTTP, without a fault."""
-    with Registry() as registry:
-        yield registry
-
-
-@pytest.fixture
 def rig(tmp_path: Path, registry: Registry) -> Iterator[Rig]:
     """A fetcher in a thread, with its usual options."""
     with Rig(tmp_path, registry) as rig:
