@@ -77,9 +77,29 @@ class _Takeover:
         self._poll = select.poll()
         self._left = _BURST
         self._turn = 0
+        self._is_taken = False
+        self._is_called = False
+        self._queue = trio.lowlevel.ParkingLot()
 
     async def wait(self) -> bool:
-        """Return True when a request can be read, False when the session is over."""
+        """Return True when a request can be read, False when the session is over.
+
+        pyfuse3 has a hundred tasks that ask; one of them waits here and the others stand in line. All at once, each
+        would serve a burst before trio looks for anything else: span arrivals, the keeper's end.
+        """
+        while self._is_taken:
+            await self._queue.park()
+            self._is_called = False
+        self._is_taken = True
+        try:
+            return await self._next()
+        finally:
+            self._is_taken = False
+            if self._queue and not self._is_called:
+                self._is_called = True
+                self._queue.unpark()
+
+    async def _next(self) -> bool:
         if self._turn == 0:
             self._turn = 1
             return True  # libfuse now reads our INIT from the socket

@@ -6,6 +6,8 @@ import hashlib
 import os
 import random
 import signal
+import socket
+import sys
 from pathlib import Path
 from subprocess import CalledProcessError
 
@@ -97,6 +99,46 @@ def test_a_layer_falls_asleep_and_wakes_again(workdir: Path, layer: LazyLayer) -
                 assert kept.keeper.counters(1)["adoptions"] == round_number + 1
                 await kept.until(1, State.ASLEEP)
                 assert kept.keeper.mounts[1].pid == 0
+
+    trio.run(main)
+
+
+def test_a_server_with_no_moment_of_rest_ends_with_its_keeper(workdir: Path, layer: LazyLayer) -> None:
+    """As do span arrivals, what the keeper says waits for a burst of requests, not for one of each of pyfuse3's tasks."""
+    reader = """
+import os, sys
+names = [f"{sys.argv[1]}/d/{name}" for name in os.listdir(f"{sys.argv[1]}/d")]
+while True:
+    for name in names:
+        with open(name, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            file.readall()
+"""
+
+    def served(numbers: dict[str, int]) -> int:
+        return sum(number for name, number in numbers.items() if name.startswith("requests_"))
+
+    async def main() -> None:
+        async with keeping(workdir) as kept:
+            target = workdir / "m"
+            mountpoint = await kept.keeper.mount(layer.spec(1, target))
+            process = await trio.lowlevel.open_process([sys.executable, "-c", reader, str(target)])
+            late = []
+            for _ in range(5):
+                before = served(kept.keeper.counters(1))
+                with trio.fail_after(60):
+                    while served(kept.keeper.counters(1)) < before + 5_000:
+                        await trio.sleep(0.01)
+                assert mountpoint.control is not None
+                before = served(kept.keeper.counters(1))
+                mountpoint.control.shutdown(socket.SHUT_RDWR)
+                pidfd = os.pidfd_open(mountpoint.pid)
+                await trio.lowlevel.wait_readable(pidfd)
+                os.close(pidfd)
+                late.append(served(kept.keeper.counters(1)) - before)
+            process.kill()
+            await process.wait()
+            assert sorted(late)[2] < 500, late  # hardly ever one of them: the machine has other things to do
 
     trio.run(main)
 
