@@ -110,6 +110,7 @@ class App:
         self._address = settings.address.path or root / _GRPC_SOCKET
         self._log_level = settings.log_level or config.log_level
         self._inherited: socket.socket | None = None
+        self._accepting = trio.CancelScope()
         self._phases = Phases()
         self._rest = Rest()
         self._numbers: Numbers
@@ -131,7 +132,7 @@ class App:
             self._root.chmod(0o700)
             make_way(str(self._address), "--address")
             lock = await trio.to_thread.run_sync(generation.begin, self._root / "generation")
-            cleanup.callback(os.close, lock)
+            cleanup.callback(generation.end, lock)
             holder = HolderClient(str(self._root / HOLDER_SOCKET))
             await trio.to_thread.run_sync(holder.connect)
             cleanup.callback(holder.close)
@@ -154,6 +155,8 @@ class App:
                     _log.info("ending; mounts stay", extra={"signal": signal.Signals(number).name})
                     Notifier.from_environ().stopping()
                     break
+                generation.become_the_last()
+                self._accepting.cancel()
                 self._provider.end()
                 await trio.to_thread.run_sync(self._stop_grpc)
                 nursery.cancel_scope.cancel()
@@ -203,7 +206,7 @@ class App:
         nursery.start_soon(status.serve, root / reports.TRACE, events.collect)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
         if self._inherited is not None:
-            nursery.start_soon(inherited.forward, self._inherited, self._address)
+            nursery.start_soon(inherited.forward, self._inherited, self._address, nursery, self._accepting)
         notifier = Notifier.from_environ()
         notifier.ready()
         health = watchdog.Health(self._address, store.last_id)

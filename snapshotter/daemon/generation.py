@@ -6,10 +6,15 @@ flock on it: the lock is free exactly when the last of them has ended, however i
 
 Processes end on the end of their sockets. One that cannot (stuck in a system call) is found by the file that it
 has open, and killed.
+
+A daemon that is stopped ends last. With cgroup v1 a service manager may not be told when a service's group becomes
+empty (in a container it never is), and waits for its whole stop timeout over a process that outlived the main one by
+a millisecond, while readers wait for the next daemon.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import logging
 import os
@@ -26,6 +31,8 @@ _PATIENCE_S = 1.0
 """How long processes of the former generation may take to end by themselves; they need milliseconds."""
 
 _LAST_WAIT_S = 10.0
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def begin(path: Path) -> int:
@@ -48,6 +55,26 @@ def begin(path: Path) -> int:
             os.close(fd)
             raise ProcessFailed(f"processes of a former daemon do not end; they have {path} open")
         time.sleep(0.005)
+
+
+def become_the_last() -> None:
+    """From now on, children whose parent ends are ours. Before the zygote ends: layer servers are its children."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end(fd: int) -> None:
+    """Wait for all that is left of this generation; `fd` is what `begin` returned, and closed. For the end only.
+
+    A child that does not end is left to the next generation, or to the service manager. Takes every child's exit
+    status: no `Popen` may be waited for after this.
+    """
+    os.close(fd)
+    deadline = time.monotonic() + _PATIENCE_S
+    with suppress(ChildProcessError):
+        while time.monotonic() < deadline:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                time.sleep(0.002)
 
 
 def _kill_holders(fd: int) -> None:

@@ -58,8 +58,14 @@ def _listener(fd: int) -> socket.socket | None:
     return None
 
 
-async def forward(listener: socket.socket, path: Path) -> None:
-    """Pass every connection of `listener` on to the socket at `path`, until cancelled."""
+async def forward(
+    listener: socket.socket, path: Path, connections: trio.Nursery, accepting: trio.CancelScope
+) -> None:
+    """Pass every connection of `listener` on to the socket at `path`, until cancelled.
+
+    `accepting`, cancelled alone, leaves new connections in the queue, for the next daemon; those that are open go
+    on in `connections`.
+    """
 
     async def pass_on(near: trio.SocketStream) -> None:
         try:
@@ -71,8 +77,8 @@ async def forward(listener: socket.socket, path: Path) -> None:
             nursery.start_soon(_copy, near, far, nursery.cancel_scope)
             nursery.start_soon(_copy, far, near, nursery.cancel_scope)
 
-    with trio.socket.from_stdlib_socket(listener) as accepting:
-        await trio.serve_listeners(pass_on, [trio.SocketListener(accepting)])
+    with trio.socket.from_stdlib_socket(listener) as sock, accepting:
+        await trio.serve_listeners(pass_on, [trio.SocketListener(sock)], handler_nursery=connections)
 
 
 async def _copy(source: trio.SocketStream, sink: trio.SocketStream, scope: trio.CancelScope) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from snapshotter.daemon import inherited
 from snapshotter.errors import ConfigError
@@ -67,7 +68,8 @@ def test_bytes_pass_in_both_directions_until_an_end_closes(listener: socket.sock
         far.listen(8)
         async with background() as nursery:
             nursery.start_soon(trio.serve_listeners, echo, [trio.SocketListener(far)])
-            nursery.start_soon(inherited.forward, listener.dup(), tmp_path / "far")
+            accepting = trio.CancelScope()
+            nursery.start_soon(inherited.forward, listener.dup(), tmp_path / "far", nursery, accepting)
             first = await trio.open_unix_socket(str(tmp_path / "near"))
             second = await trio.open_unix_socket(str(tmp_path / "near"))
             with trio.fail_after(20):
@@ -78,8 +80,17 @@ def test_bytes_pass_in_both_directions_until_an_end_closes(listener: socket.sock
                 assert await first.receive_some() == b""
                 await second.send_all(b"again")
                 assert await second.receive_some() == b"AGAIN"
-                await first.aclose()
-                await second.aclose()
+                accepting.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+                third = await trio.open_unix_socket(str(tmp_path / "near"))
+                await third.send_all(b"for the next one")
+                await second.send_all(b"still")
+                assert await second.receive_some() == b"STILL"
+                for stream in (first, second, third):
+                    await stream.aclose()
+            waiting, _ = listener.accept()  # nobody has taken it
+            assert waiting.recv(100) == b"for the next one"
+            waiting.close()
 
     trio.run(main)
 
@@ -91,7 +102,9 @@ def test_a_connection_that_cannot_be_passed_on_is_closed(
 
     async def main() -> None:
         async with background() as nursery:
-            nursery.start_soon(inherited.forward, listener.dup(), tmp_path / "absent")
+            nursery.start_soon(
+                inherited.forward, listener.dup(), tmp_path / "absent", nursery, trio.CancelScope()
+            )
             with trio.fail_after(20):
                 stream = await trio.open_unix_socket(str(tmp_path / "near"))
                 assert await stream.receive_some() == b""

@@ -12,7 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,3 +163,14 @@ def publish(registry: DockerRegistry, workdir: Path) -> str:
         check=True, capture_output=True, timeout=120, env={**os.environ, "DOCKER_CONFIG": str(workdir)},
     )  # fmt: skip
     return reference
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the machine's journal says of the time before it."""
+    report = yield
+    host = getattr(item, "funcargs", {}).get("host")
+    if report.failed and isinstance(host, Host):
+        text = host.machine.run("journalctl", "--no-pager", "--lines=60", check=False)
+        report.sections.append(("journal of the machine", text))
+    return report
