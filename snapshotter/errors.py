@@ -103,6 +103,11 @@ class InvalidLayerFile(CorruptData):
 class DigestMismatch(CorruptData):
     """Content does not have the digest by which it was asked."""
 
+    def __init__(self, message: str, *, elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.elsewhere = elsewhere
+        """Whether mirrors sent some of it, which are not asked again for a while: somebody else is, next time."""
+
 
 class SpanDigestMismatch(CorruptData):
     """A span's compressed bytes do not have the digest in the zTOC."""

@@ -2,6 +2,7 @@
 
 A range keeps its place until its bytes were passed on, in order, so memory is bounded by the places. What broke is
 read again from the beginning of its range. A registry that does not honour ranges is asked for the whole blob instead.
+A blob that is wrong although every range came is fetched once more, without the mirrors that had a part in it.
 
 Concurrency: one trio task calls `start` and `wait`; the work runs in the nursery it was given. Cancelling the nursery
 drops every unfinished blob.
@@ -161,6 +162,16 @@ class Downloads:
         state.done.set()
 
     async def _fetch(self, layer: Descriptor) -> None:
+        while True:
+            try:
+                await self._fetch_once(layer)
+            except DigestMismatch as error:
+                if not error.elsewhere:
+                    raise
+            else:
+                return
+
+    async def _fetch_once(self, layer: Descriptor) -> None:
         # Somebody may have the blob before we begin, or before we end: either way it is there.
         with contextlib.suppress(AlreadyExists):
             try:
@@ -177,7 +188,8 @@ class Downloads:
             await trio.to_thread.run_sync(sink.commit, self._labels)
         except FailedPrecondition as error:
             raise DigestMismatch(
-                f"layer {layer.digest} of {self._reference.locator}: the registry sent other bytes ({error})"
+                f"layer {layer.digest} of {self._reference.locator}: the registry sent other bytes ({error})",
+                elsewhere=self._ranges.distrust(layer),
             ) from error
         finally:
             sink.close()

@@ -54,8 +54,10 @@ async def stream_blob(
                 attempt = 1
             await session.pause(stream.what, attempt, error)
     if hasher.hexdigest() != digest_hex(digest) or size not in {None, stream.position}:
-        stream.blame_mirrors()
-        raise DigestMismatch(f"{stream.what}: the registry sent {stream.position} bytes that are not it")
+        raise DigestMismatch(
+            f"{stream.what}: the registry sent {stream.position} bytes that are not it",
+            elsewhere=stream.blame_mirrors(),
+        )
 
 
 class _Stream:
@@ -71,10 +73,14 @@ class _Stream:
         self._mirrors: set[str] = set()
         """Those that sent a part of it."""
 
-    def blame_mirrors(self) -> None:
-        """The whole is wrong: nobody knows whose part, so that none of the mirrors is asked for a while."""
+    def blame_mirrors(self) -> bool:
+        """The whole is wrong: nobody knows whose part, so that none of the mirrors is asked for a while.
+
+        Say whether there was any.
+        """
         for mirror in self._mirrors:
             self._session.blame(mirror, DigestMismatch(f"{self.what}: a blob of another digest"))
+        return bool(self._mirrors)
 
     async def attempt(self) -> AsyncGenerator[bytes, None]:
         """Yield what is missing. Raises a RegistryError when it does not all come."""

@@ -17,6 +17,9 @@ from snapshotter.daemon.config.sources import DecompressorConfig
 from snapshotter.daemon.parallelpull import settings_of
 from snapshotter.download.downloads import Limits
 from snapshotter.errors import ConfigError
+from snapshotter.registry.hosts import named_host
+from snapshotter.registry.hostsfile import HostsDirectories
+from snapshotter.registry.mirrors import ConfiguredHosts
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy
 from snapshotter.snapshot.layers import Deferred, Local
 from snapshotter.units import sha256_digest
@@ -24,7 +27,7 @@ from tests.conftest import ExpectedLogs
 from tests.support.images import directory, tar
 from tests.support.indexed import IndexedImage, Layer, publish
 from tests.support.providing import Options, Providing, providing
-from tests.support.registry import Drop, FlipByte, IgnoreRange, Registry, Status
+from tests.support.registry import Drop, Fault, FlipByte, IgnoreRange, Registry, Status, WrongRange
 
 BIG = os.urandom(300_000)
 LAYERS = [
@@ -120,6 +123,73 @@ def test_what_fails_is_left_to_containerd(
         await nothing_left(rig)
 
     providing(workdir, registry, test, OPTIONS)
+
+
+def mirrored(registry: Registry, *mirrors: Registry) -> Options:
+    """The options under which `mirrors` are asked before `registry`."""
+    named = [
+        named_host(registry.host, f"http://{each.host}/v2", plain_http=False, timeout=None)
+        for each in mirrors
+    ]
+    return replace(OPTIONS, hosts=ConfiguredHosts({registry.host: named}, HostsDirectories([])))
+
+
+LIES: dict[str, tuple[Fault, str]] = {
+    "a byte": (FlipByte(at=50, skip=1, count=-1), "lied"),
+    "a byte of one range": (FlipByte(at=50, skip=3, count=1), "lied"),
+    "another range": (WrongRange(skip=1, count=-1), "refused"),
+    "no entry, once it is asked for data": (Status(status=403, skip=1, count=-1), "refused"),
+}
+
+
+def said(logs: ExpectedLogs) -> set[tuple[str, str]]:
+    """The mirrors that were passed over, and why; not that none lists referrers."""
+    told = {(record.__dict__["mirror"], record.__dict__["outcome"]) for record in logs.records}
+    return {(mirror, outcome) for mirror, outcome in told if outcome != "missing"}
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_mirror_that_lies_is_followed_by_the_registry(
+    workdir: Path, registry: Registry, expected_logs: ExpectedLogs, lie: str, has_ranges: bool
+) -> None:
+    expected_logs.allow("a mirror is passed over")
+    image = unindexed(registry)
+    blob = f"/blobs/{image.layers[1].digest}"
+    with Registry() as near:
+        unindexed(near)
+        fault, outcome = LIES[lie]
+        options = {name: value for name, value in vars(fault).items() if name != "hits"}
+        near.fault(type(fault)(**(options | {"path": blob})))
+        if not has_ranges:
+            registry.fault(IgnoreRange(path=blob, count=-1))
+
+        async def test(rig: Providing) -> None:
+            assert [type(each) for each in await pull(rig, image)] == [Local] * 3
+            assert (rig.directory(2) / "big").read_bytes() == BIG
+            assert near.count(path=blob)
+            assert registry.count(path=blob)
+            await nothing_left(rig)
+
+        providing(workdir, registry, test, mirrored(registry, near))
+    assert said(expected_logs) == {(near.host, outcome)}
+
+
+def test_every_mirror_lies(workdir: Path, registry: Registry, expected_logs: ExpectedLogs) -> None:
+    expected_logs.allow("a mirror is passed over")
+    image = unindexed(registry)
+    with Registry() as one, Registry() as two:
+        for each in (one, two):
+            unindexed(each)
+            each.fault(FlipByte(path=f"/blobs/{image.layers[1].digest}", at=50, count=-1))
+
+        async def test(rig: Providing) -> None:
+            assert [type(each) for each in await pull(rig, image)] == [Local] * 3
+            assert (rig.directory(2) / "big").read_bytes() == BIG
+            await nothing_left(rig)
+
+        providing(workdir, registry, test, mirrored(registry, one, two))
+    assert said(expected_logs) == {(one.host, "lied"), (two.host, "lied")}
 
 
 @pytest.mark.parametrize(

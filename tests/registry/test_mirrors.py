@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 import trio
 
-from snapshotter.errors import RegistryUnavailable
+from snapshotter.errors import DigestMismatch, RegistryUnavailable
 from snapshotter.oci.descriptor import Descriptor
 from snapshotter.oci.manifest import ImageManifest, go_json
 from snapshotter.oci.media_types import OCI_MANIFEST, SOCI_INDEX_V1
@@ -189,6 +189,27 @@ def test_a_stream_goes_on_elsewhere_where_a_mirror_broke_off(
 
     assert run(These(mirror(near, "r"), own(far)), work) == DATA
     assert [request.range for request in far.requests] == [(1000, len(DATA))]
+
+
+def test_a_stream_that_a_mirror_gave_wrong_comes_from_elsewhere_next_time(
+    pair: tuple[Registry, Registry], expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("a mirror is passed over")
+    near, far = pair
+    digest = put(pair)
+    for registry in pair:
+        registry.fault(FlipByte(at=77))
+
+    async def work(client: RegistryClient) -> None:
+        for elsewhere in (True, False):
+            with pytest.raises(DigestMismatch) as caught:
+                [piece async for piece in client.stream_blob(far.reference("app"), digest)]
+            assert caught.value.elsewhere is elsewhere
+        pieces = [piece async for piece in client.stream_blob(far.reference("app"), digest)]
+        assert b"".join(pieces) == DATA
+
+    run(These(mirror(near, "r"), own(far)), work)
+    assert (near.count(), far.count()) == (1, 2)
 
 
 def test_tags_are_resolved_only_where_that_is_allowed(pair: tuple[Registry, Registry]) -> None:

@@ -43,6 +43,7 @@ from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import State
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.hosts import Hosts
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS
 from snapshotter.snapshot.directories import metadata_path, snapshots_path
 from snapshotter.snapshot.layers import LayerRequest, Provided
@@ -70,6 +71,8 @@ class Options:
     )
     leave: bool = False
     """Only stop at the end, as a daemon does: mounts and holder stay."""
+    hosts: Hosts | None = None
+    """The registry and its mirrors, where there are some."""
 
 
 @dataclass
@@ -160,7 +163,7 @@ async def provider_on(root: Path, registry: Registry, options: Options) -> Async
     store = SnapshotStore(metadata_path(root))
     keepers: list[Keeper] = []
     try:
-        async with client_for(registry) as client, background() as nursery:
+        async with client_for(registry, hosts=options.hosts) as client, background() as nursery:
             rig = _compose(root, client, holder, store, options, nursery)
             keepers.append(rig.keeper)
             await nursery.start(rig.keeper.run)
