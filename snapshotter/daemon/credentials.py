@@ -105,7 +105,12 @@ def registry_numbers(
     failing = Family("soci_keychain_failing", "Whether a keychain's last lookup failed.", ("keychain",))
     for name, each in credentials.keychain.statistics.items():
         failing.rows.append(((name,), each.is_failing))
-        outcomes = {"answer": each.answers, "none": each.misses, "failure": each.failures}
+        outcomes = {
+            "answer": each.answers,
+            "none": each.misses,
+            "refused": each.refusals,
+            "failure": each.failures,
+        }
         lookups.rows.extend(((name, outcome), count) for outcome, count in outcomes.items())
     yield from (requests, resting, mistakes, lookups, failing)
     if credentials.kube is not None:

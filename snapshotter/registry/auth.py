@@ -3,6 +3,8 @@
 It owns what was learned about each host: the way in, the credentials that worked, the tokens. Everything
 is learned from refusals; a host that refuses nothing is never sent a credential. Credentials that are refused are
 followed by those of the next keychain. They belong to a host and a repository: kubelet may have others for each image.
+Where none are taken, a token to pull is asked for as anybody may: who pulled the image need not have used what our
+keychains hold, and what is public must not fail by a password that has run out.
 
 Concurrency: one trio run. Lookups and token fetches fly once per key, however many requests wait for them.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,6 +29,8 @@ from snapshotter.registry.hosts import Host
 from snapshotter.registry.keychain import IDENTITY_TOKEN_USER, Credentials, Keychain
 from snapshotter.registry.replies import error_for
 from snapshotter.registry.wire import Exchange, Reply, Wire, host_of
+
+_log = logging.getLogger(__name__)
 
 Scope = tuple[str, ...]
 """What a token is for: `repository:<name>:pull,push`; several when a request touches two repositories."""
@@ -48,6 +53,8 @@ _Place = tuple[str, str]
 class _Token:
     header: str = field(repr=False)
     usable_until: float
+    in_need: bool
+    """Whether it is anybody's, because no credentials were taken."""
 
 
 class Authorizer:
@@ -63,6 +70,8 @@ class Authorizer:
         self._lookups: Flights[tuple[_Place, frozenset[Credentials]], Credentials | None] = Flights()
         self._refused: dict[_Place, dict[Credentials, float]] = {}
         """Credentials that did not get in, and when: a keychain further down may have others."""
+        self._in_need: set[str] = set()
+        """Hosts that are asked without credentials although there should be some, which was said."""
         self.tokens_fetched = 0
 
     async def authorization(self, host: Host, repository: str, scope: Scope) -> str | None:
@@ -109,6 +118,9 @@ class Authorizer:
         if token is not None and token.header == sent:
             del self._tokens[host.name, scope]
         await self._token(host, repository, way, scope)
+        if token is not None and token.in_need:
+            # Not for the public: the next call tries again what we have.
+            self._refused.pop((host.name, repository), None)
         return True
 
     async def _refused_basic(self, place: _Place, sent: str | None) -> bool:
@@ -144,12 +156,18 @@ class Authorizer:
         return token
 
     async def _fetch(self, host: Host, repository: str, way: Challenge, scope: Scope) -> _Token:
-        """Get a token from the server that the challenge names, with the first credentials that it takes."""
+        """Get a token from the server that the challenge names, with the first credentials that it takes, or none."""
         place = (host.name, repository)
         refusal: RegistryError | None = None
         while True:
-            credentials = await self._lookup(place)
-            if credentials is None and refusal is not None:
+            credentials = None
+            try:
+                credentials = await self._lookup(place)
+            except AuthenticationFailed as failure:
+                refusal = refusal or failure
+            if credentials is None and place in self._refused:
+                refusal = refusal or AuthenticationFailed(f"token for {host.name}: credentials were refused")
+            if credentials is None and refusal is not None and _is_to_push(scope):
                 self._refused.pop(place, None)
                 raise refusal
             asked = trio.current_time()
@@ -160,16 +178,34 @@ class Authorizer:
                 )
             reply = await self._wire.fetch(exchange, limit=MAX_TOKEN_REPLY)
             if reply.status == 200:
-                return self._keep(exchange, reply, (host.name, scope), asked)
-            refusal = _token_refused(exchange, reply)
-            if refusal.temporary or credentials is None:
-                raise refusal
+                self._say_need(host.name, refusal if credentials is None else None)
+                in_need = credentials is None and refusal is not None
+                return self._keep(exchange, reply, (host.name, scope), asked, in_need=in_need)
+            error = _token_refused(exchange, reply)
+            if error.temporary:
+                raise error
+            if credentials is None:
+                self._refused.pop(place, None)
+                raise refusal or error
+            refusal = error
             self._refuse(place, credentials)
 
-    def _keep(self, exchange: Exchange, reply: Reply, key: tuple[str, Scope], asked: float) -> _Token:
+    def _say_need(self, host: str, refusal: RegistryError | None) -> None:
+        """Note whether a host is asked without credentials in need; the first time in a row is said in the log."""
+        if refusal is None:
+            self._in_need.discard(host)
+        elif host not in self._in_need:
+            self._in_need.add(host)
+            _log.warning(
+                "asking as anybody, without credentials", extra={"host": host, "error": str(refusal)}
+            )
+
+    def _keep(
+        self, exchange: Exchange, reply: Reply, key: tuple[str, Scope], asked: float, *, in_need: bool
+    ) -> _Token:
         header, lifetime = _parse_token(exchange, reply)
         # A tenth early, but ten seconds at most: the time until a request with it arrives.
-        token = _Token(header, asked + lifetime - min(lifetime / 10, 10.0))
+        token = _Token(header, asked + lifetime - min(lifetime / 10, 10.0), in_need)
         self._tokens = {each: kept for each, kept in self._tokens.items() if kept.usable_until > asked}
         self._tokens[key] = token
         self.tokens_fetched += 1
@@ -209,6 +245,10 @@ def _token_request(host: Host, way: Challenge, scope: Scope, credentials: Creden
     full = httpx.URL(f"{url}{joint}{urlencode(query, quote_via=quote)}")
     authorization = None if credentials is None else _basic(credentials)
     return Exchange(what, "GET", full, authorization=authorization, trust=host.trust)
+
+
+def _is_to_push(scope: Scope) -> bool:
+    return any("push" in item.rpartition(":")[2].split(",") for item in scope)
 
 
 def _joint_scope(scope: Scope) -> Scope:

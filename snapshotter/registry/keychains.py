@@ -32,6 +32,8 @@ class KeychainStatistics:
     answers: int = 0
     misses: int = 0
     """Lookups for which it has nothing."""
+    refusals: int = 0
+    """Lookups for which it has what the registry has just refused."""
     failures: int = 0
     is_failing: bool = False
     """Whether its last lookup failed."""
@@ -69,10 +71,13 @@ class ChainKeychain:
             self._circuits.record(f"{name} {host}", Outcome.OK)
             numbers = self.statistics[name]
             numbers.is_failing = False
-            if credentials is not None and credentials not in refused:
+            if credentials is None:
+                numbers.misses += 1
+            elif credentials in refused:
+                numbers.refusals += 1
+            else:
                 numbers.answers += 1
                 return credentials
-            numbers.misses += 1
         if failure is not None:
             raise failure
         return None

@@ -10,6 +10,7 @@ import trio
 from snapshotter.errors import AuthenticationFailed, RegistryRefused, RegistryTimeout, RegistryUnavailable
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.keychain import Credentials, StaticKeychain
+from tests.conftest import ExpectedLogs
 from tests.registry.conftest import StartRegistry
 from tests.support.registry import (
     Basic,
@@ -167,7 +168,7 @@ def test_a_cancelled_token_fetch_is_taken_over_by_a_waiter(start: StartRegistry)
 def test_a_failed_token_fetch_fails_every_waiter_once(start: StartRegistry) -> None:
     registry = start(auth=Bearer())
     image = put_image(registry)
-    registry.fault(Stall(path="/token", seconds=0.2))
+    registry.fault(Stall(path="/token", seconds=1.0))
     wrong = StaticKeychain({registry.host: Credentials("reader", "wrong-pass")})
     registry.auth.secrets.append("wrong-pass")
     errors = []
@@ -183,7 +184,7 @@ def test_a_failed_token_fetch_fails_every_waiter_once(start: StartRegistry) -> N
                 nursery.start_soon(fail, client)
 
     run(registry, work, keychain=wrong)
-    assert registry.count(server="token") == 1
+    assert registry.count(server="token") == 2, "once with the credentials, once without"
     assert len({id(error) for error in errors}) == 5
     registry.assert_no_secret(*map(str, errors))
 
@@ -228,6 +229,78 @@ def test_the_public_gets_a_token_without_credentials(start: StartRegistry) -> No
     image = put_image(registry)
     assert run(registry, lambda client: pull(client, registry, image), keychain=StaticKeychain({})) == LAYER
     assert "authorization" not in registry.matching(server="token")[0].headers
+
+
+class Failing:
+    """A keychain whose helper does not work."""
+
+    async def lookup(
+        self, host: str, repository: str = "", *, refused: Collection[Credentials] = ()
+    ) -> Credentials | None:
+        raise AuthenticationFailed(f"credential helper x: exit status 1 for {host}")
+
+
+def useless(registry: Registry) -> StaticKeychain:
+    """Credentials that `registry` refuses."""
+    registry.auth.secrets.append("wrong-pass")
+    return StaticKeychain({registry.host: Credentials(registry.auth.username, "wrong-pass")})
+
+
+def attempts(registry: Registry) -> list[bool]:
+    """Whether each request for a token came with credentials."""
+    return ["authorization" in request.headers for request in registry.matching(server="token")]
+
+
+@pytest.mark.parametrize(("broken", "tried"), [(False, [True, False]), (True, [False])])
+def test_what_is_public_needs_no_credentials_that_work(
+    start: StartRegistry, expected_logs: ExpectedLogs, broken: bool, tried: list[bool]
+) -> None:
+    expected_logs.allow("asking as anybody, without credentials")
+    registry = start(auth=Bearer(anonymous_pull=True))
+    images = [put_image(registry), put_image(registry, "team/other")]
+
+    async def work(client: RegistryClient) -> None:
+        for image in images:
+            assert await pull(client, registry, image) == LAYER
+
+    run(registry, work, keychain=Failing() if broken else useless(registry))
+    # Each repository has credentials of its own.
+    assert attempts(registry) == tried * 2
+    assert [record.__dict__["host"] for record in expected_logs.records] == [registry.host]
+    registry.assert_no_secret(*(str(record.__dict__) for record in expected_logs.records))
+
+
+def test_credentials_that_were_refused_are_tried_again_for_what_is_not_public(
+    start: StartRegistry, expected_logs: ExpectedLogs
+) -> None:
+    expected_logs.allow("asking as anybody, without credentials")
+    auth = Bearer(anonymous_pull=True)
+    registry = start(auth=auth)
+    image = put_image(registry)
+    private = registry.fault(ExpireToken(path="/manifests/", count=-1))
+
+    async def work(client: RegistryClient) -> None:
+        with pytest.raises(AuthenticationFailed, match="401 UNAUTHORIZED"):
+            await pull(client, registry, image)
+        assert attempts(registry) == [True, False, False]
+        private.count = private.hits
+        auth.password = "wrong-pass"
+        assert await pull(client, registry, image) == LAYER
+
+    run(registry, work, keychain=useless(registry))
+    assert attempts(registry) == [True, False, False, True]
+
+
+def test_nothing_is_pushed_without_credentials(start: StartRegistry) -> None:
+    registry = start(auth=Bearer(anonymous_pull=True))
+    wrong = useless(registry)
+    reference = registry.reference("team/app")
+    failure(
+        registry,
+        AuthenticationFailed,
+        lambda: run(registry, lambda client: client.push_blob(reference, LAYER), keychain=wrong),
+    )
+    assert attempts(registry) == [True]
 
 
 def test_an_identity_token_is_exchanged_by_post(start: StartRegistry) -> None:
@@ -277,7 +350,8 @@ def test_wrong_credentials_are_tried_once(start: StartRegistry, mode: type[NoAut
     )
     assert "401 UNAUTHORIZED" in str(error)
     assert registry.host in str(error)
-    assert len(registry.requests) == 2
+    # A token server is asked once more, for a token that anybody gets.
+    assert len(registry.requests) == (3 if mode is Bearer else 2)
 
 
 @pytest.mark.parametrize("mode", [Basic, Ecr])
