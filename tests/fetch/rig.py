@@ -393,6 +393,10 @@ class Evicted(AssertionError):
     """A span that was said to be usable is not."""
 
 
+class ReadFailed(AssertionError):
+    """A span was said to have failed."""
+
+
 class Server:
     """One layer server as a test plays it: it asks, it is told, and it reads `data`."""
 
@@ -436,6 +440,8 @@ class Server:
             if isinstance(message, wire.Lent):
                 missing.discard(message.span)
                 continue
+            if isinstance(message, wire.Failed):
+                raise ReadFailed(message)
             assert isinstance(message, wire.Ready), f"{message} instead of Ready"
             missing -= set(range(message.first, message.end))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from snapshotter.fetch.downloads import CUT_BYTES
 from snapshotter.layer import wire
 from snapshotter.layer.spans import SpanState
-from tests.fetch.rig import Rig, make_layer
+from tests.fetch.rig import TRIES, ReadFailed, Rig, Server, make_layer
 from tests.support.registry import (
     Drop,
     Fault,
@@ -92,6 +93,14 @@ FAULTS = st.one_of(
 )
 
 
+def read_at_last(server: Server, span: int) -> bytes:
+    """Read a span of a registry without faults: on a machine that stands still the short budget may be over once more."""
+    for _ in range(TRIES - 1):
+        with suppress(ReadFailed):
+            return server.read(span)
+    return server.read(span)
+
+
 @pytest.mark.logs_unchecked
 @BOUNDED
 @given(
@@ -131,7 +140,7 @@ def test_any_fault_script_ends_in_right_bytes_or_an_error(
                         waiting.discard(span)
         registry.clear_faults()
         for span in range(SPANS):
-            assert server.read(span) == layer.content(span)
+            assert read_at_last(server, span) == layer.content(span)
         blob = rig.store.paths(layer.digest).blob.read_bytes()
         for span, state in enumerate(rig.states(layer)[:SPANS]):
             where = layer.spans[span]
