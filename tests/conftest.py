@@ -26,12 +26,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import host, process
 from tests.support.containerd import remove_directory
 from tests.support.registry import Registry
 
 _PREFIX = "st-"
+
+# How long an example takes is the machine's affair: a process that waits for a processor is no finding.
+settings.register_profile("slow machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slow machine")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,7 +1,7 @@
 """The composition root: makes every part, hands each what it needs, and runs them in order.
 
     root lock -> former generation gone -> holder -> zygote, fetcher, keeper
-      -> mounts restored (no network) -> gRPC, /metrics, status -> ready, watchdog
+      -> mounts restored (no network) -> /metrics, status -> gRPC (who sees it may ask for those) -> ready, watchdog
       -> start-up test, which the first pull waits for
 
 SIGHUP reads the configuration again (daemon/reloading.py).
@@ -87,7 +87,6 @@ _PREPARED_AT_ONCE = 8
 
 _GRPC_THREADS = 32
 """containerd prepares one layer of an image after another; this is how many images may be pulled at once."""
-
 
 _HOLDER_WAIT_S = 1.0
 
@@ -202,17 +201,12 @@ class App:
         nursery.start_soon(self._test_laziness)
         self._serve_metrics(cleanup)
         events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
-        nursery.start_soon(status.serve, root / reports.STATUS, report.collect, self._provider.tested)
-        nursery.start_soon(status.serve, root / reports.TRACE, events.collect)
+        await nursery.start(status.serve, root / reports.STATUS, report.collect, self._provider.tested)
+        await nursery.start(status.serve, root / reports.TRACE, events.collect)
         self._serve_grpc(Snapshotter(root, store, self._provider), cleanup)
         if self._inherited is not None:
             nursery.start_soon(inherited.forward, self._inherited, self._address, nursery, self._accepting)
         notifier = Notifier.from_environ()
-        notifier.ready()
-        health = watchdog.Health(self._address, store.last_id)
-        nursery.start_soon(watchdog.watch, health, notifier, watchdog_interval())
-        nursery.start_soon(self._rest.run)
-        await trio.to_thread.run_sync(heap.settle)
         _log.info(
             "ready",
             extra={
@@ -221,6 +215,11 @@ class App:
                 "mounts": len(self._keeper.mounts),
             },
         )
+        notifier.ready()
+        health = watchdog.Health(self._address, store.last_id)
+        nursery.start_soon(watchdog.watch, health, notifier, watchdog_interval())
+        nursery.start_soon(self._rest.run)
+        await trio.to_thread.run_sync(heap.settle)
 
     async def _reload(self) -> None:
         """Read the configuration again. Never raises: a running daemon is worth more than a new setting."""

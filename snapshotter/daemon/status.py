@@ -78,17 +78,21 @@ class Status:
 
 
 async def serve(
-    path: Path, collect: Callable[[], Mapping[str, Any]], known: trio.Event | None = None
+    path: Path,
+    collect: Callable[[], Mapping[str, Any]],
+    known: trio.Event | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer on the socket at `path` with what `collect` returns, as soon as that is `known`, until cancelled.
 
-    Raises ConfigError, OSError.
+    It has started when the socket takes connections. Raises ConfigError, OSError.
     """
     make_way(str(path), "--root")
     listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     await listener.bind(str(path))
     path.chmod(0o600)
     listener.listen(8)
+    task_status.started()
 
     async def answer(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):

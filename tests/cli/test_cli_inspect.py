@@ -188,5 +188,7 @@ def test_ztoc_get_file(soci: Soci, image: Image, tmp_path: Path, containerd: Con
     ("seconds", "text"),
     [(0, "0s"), (59, "59s"), (60, "1m0s"), (3605, "1h0m5s"), (90061, "25h1m1s"), (-5, "0s")],
 )
-def test_age(seconds: int, text: str) -> None:
-    assert age(time.time() - seconds) == f"{text} ago"
+def test_age(seconds: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert age(now - seconds) == f"{text} ago"

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.soci.images import multi_platform
 from tests.support import raw_tar
 from tests.support.dockerregistry import Credentials, DockerRegistry
 from tests.support.images import Image, ImageBuilder, layer, tar_layer
+from tests.support.process import wait_until
 from tests.support.registry import Drop, FlipByte, IgnoreRange, LoseReply, Registry, Stall, Status
 
 REMOTE = ("--registry", "--min-layer-size", "0")
@@ -274,9 +274,7 @@ def test_an_interrupt_ends_it_at_once_and_leaves_nothing(soci: Soci, tmp_path: P
             text=True,
             env=environment,
         )
-        end = time.monotonic() + 20
-        while not stall.hits and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: stall.hits, timeout=60, what="the layer is asked for")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, "soci: interrupted\n")

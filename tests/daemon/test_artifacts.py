@@ -234,6 +234,7 @@ def test_hostile_ztocs_hit_the_limits(workdir: Path, registry: Registry) -> None
             await rig.ensure(bomb)
         assert not rig.store.has_tree(bomb.digest)
         assert rig.temporaries(bomb) == []
+        rig.artifacts._limits = LIMITS
         await rig.ensure(PLAIN)
 
     with_rig(workdir, registry, test, ArtifactLimits(1 << 30, 0.4))

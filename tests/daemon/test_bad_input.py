@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,14 +209,22 @@ def test_a_registry_that_lies_is_an_error_while_it_does(workdir: Path, registry:
     async def test(rig: Providing) -> None:
         for number, fault in enumerate(LIES):
             await rig.prepare(image, number)
-            assert await rig.read(number + 1, "small") == bytes([number])
+            assert await read_in_time(rig, number + 1, "small") == bytes([number])
             fault.path = f"/blobs/{image.layers[number].digest}"
             registry.fault(fault)
             assert "Input/output error" in await rig.failure(number + 1, "big"), fault
             registry.clear_faults()
-            assert await rig.read(number + 1, "big") == CONTENT
+            assert await read_in_time(rig, number + 1, "big") == CONTENT
 
     providing(workdir, registry, test, Options(read_budget=2.0))
+
+
+async def read_in_time(rig: Providing, snapshot_id: int, name: str) -> bytes:
+    """Return a file's content; the read budget is short for the sake of those that fail, so again when it was over."""
+    for _ in range(5):
+        with suppress(subprocess.CalledProcessError):
+            return await rig.read(snapshot_id, name)
+    return await rig.read(snapshot_id, name)
 
 
 def test_an_index_that_comes_damaged_is_left_to_the_client(
@@ -375,7 +385,7 @@ def test_on_a_kernel_that_is_too_old_nothing_is_lazy_and_the_reason_is_named(
             request = snapshots_pb2.PrepareSnapshotRequest(
                 snapshotter="soci", key="k", labels=image.labels(0)
             )
-            (mount,) = stub.Prepare(request, timeout=20).mounts
+            (mount,) = stub.Prepare(request, timeout=60).mounts
         assert mount.type == "bind"
         assert registry.requests == []
         assert daemon.metrics()['soci_not_lazy_layers_total{reason="not-lazy"}'] == 1

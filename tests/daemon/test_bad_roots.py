@@ -59,7 +59,7 @@ def pull(daemon: Daemon, image: IndexedImage) -> Path:
 def refusal(daemon: Daemon) -> str:
     """Start a daemon that must refuse to; return what it says."""
     Service.start(daemon)
-    wait_until(lambda: not daemon.alive, timeout=30, what="the daemon has refused")
+    wait_until(lambda: not daemon.alive, timeout=60, what="the daemon has refused")
     return daemon.log_text()
 
 
@@ -131,7 +131,7 @@ def test_a_tree_of_a_newer_version_is_made_again(daemon: Daemon, image: IndexedI
     (layer,) = (daemon.root / "layers/sha256").iterdir()
     of_a_newer_version(*layer.glob("tree*"))
     daemon.start()
-    wait_until(lambda: daemon.status()["mounts"], timeout=30, what="it is mounted anew")
+    wait_until(lambda: daemon.status()["mounts"], timeout=60, what="it is mounted anew")
     assert (mounted / "file").read_bytes() == CONTENT
 
 
@@ -145,11 +145,11 @@ def test_a_layer_without_tree_and_ztoc_comes_back_with_its_registry(daemon: Daem
             (layer / name).unlink()
         fault = registry.fault(Status(status=404, count=-1, path=image.layers[0].ztoc_digest))
         daemon.start()
-        wait_until(lambda: fault.hits, timeout=30, what="the first try has failed")
+        wait_until(lambda: fault.hits, timeout=60, what="the first try has failed")
         with client_of(daemon) as client, pytest.raises(Unavailable):
             client.view("view", CHAIN)
         registry.clear_faults()
-        wait_until(lambda: daemon.status()["mounts"], timeout=60, what="it is mounted at last")
+        wait_until(lambda: daemon.status()["mounts"], timeout=120, what="it is mounted at last")
         assert (mounted / "file").read_bytes() == CONTENT
 
 
@@ -185,7 +185,7 @@ def test_a_lazy_layer_whose_mount_point_is_gone_does_not_keep_the_daemon_away(
     with client_of(daemon) as client:
         client.remove(CHAIN)
         client.cleanup()
-    wait_until(lambda: daemon.status()["mounts"] == [], timeout=20, what="the mount is forgotten")
+    wait_until(lambda: daemon.status()["mounts"] == [], timeout=60, what="the mount is forgotten")
     assert list((daemon.root / SNAPSHOTS).iterdir()) == []
 
 

@@ -23,6 +23,7 @@ from tests.support.containerd import Containerd
 from tests.support.dockerregistry import Credentials as Login
 from tests.support.dockerregistry import DockerRegistry
 from tests.support.images import ImageBuilder
+from tests.support.process import wait_until
 
 PULL = "/runtime.v1.ImageService/PullImage"
 
@@ -42,8 +43,9 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
             self.calls.append((details.method, request))
             self.metadata = dict(context.invocation_metadata())
-            context.add_callback(self.cancelled.set)
-            self.hold.wait(20)
+            if not context.add_callback(self.cancelled.set):  # it is over already
+                self.cancelled.set()
+            self.hold.wait(60)
             if self.refusal is not None:
                 context.abort(self.refusal, "as told")
             return b"\x0a\x02ok" + request
@@ -99,10 +101,10 @@ def pull(image: str, **auth: str) -> bytes:
 
 def test_calls_pass_as_they_are(channel: grpc.Channel, backend: Backend, keychain: CriKeychain) -> None:
     request = pull("r.example/app:v1", username="u", password="p")
-    reply = channel.unary_unary(PULL)(request, timeout=20, metadata=[("x-mine", "yes")])
+    reply = channel.unary_unary(PULL)(request, timeout=60, metadata=[("x-mine", "yes")])
     assert reply == b"\x0a\x02ok" + request
     for name in ("/runtime.v1.ImageService/SomethingNew", "/runtime.v1alpha2.ImageService/ListImages"):
-        assert channel.unary_unary(name)(b"any", timeout=20) == b"\x0a\x02okany"
+        assert channel.unary_unary(name)(b"any", timeout=60) == b"\x0a\x02okany"
     assert [method for method, _ in backend.calls] == [
         PULL,
         "/runtime.v1.ImageService/SomethingNew",
@@ -118,24 +120,25 @@ def test_calls_pass_as_they_are(channel: grpc.Channel, backend: Backend, keychai
 )
 def test_what_is_not_the_image_services_is_not_answered(channel: grpc.Channel, method: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary(method)(b"", timeout=20)
+        channel.unary_unary(method)(b"", timeout=60)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_refusals_pass_too(channel: grpc.Channel, backend: Backend) -> None:
     backend.refusal = grpc.StatusCode.NOT_FOUND
     with pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary(PULL)(pull("app"), timeout=20)
+        channel.unary_unary(PULL)(pull("app"), timeout=60)
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, "as told")
 
 
 def test_whoever_gives_up_ends_the_call_behind(channel: grpc.Channel, backend: Backend) -> None:
     backend.hold.clear()
     call = channel.unary_unary(PULL).future(pull("app"), timeout=60)
+    wait_until(lambda: backend.calls, timeout=60, what="the call has come through")
     with pytest.raises(grpc.FutureTimeoutError):
         call.result(timeout=0.5)
     call.cancel()
-    assert backend.cancelled.wait(20)
+    assert backend.cancelled.wait(60)
 
 
 def test_there_is_always_room_for_containerd(
@@ -147,13 +150,13 @@ def test_there_is_always_room_for_containerd(
     backend.hold.clear()
     with grpc.insecure_channel(f"unix://{workdir / 'g.sock'}") as other:
         first = other.unary_unary(PULL).future(pull("app"), timeout=60)
-        while not backend.calls:
-            assert not first.done()
+        wait_until(lambda: backend.calls or first.done(), timeout=60, what="the call has come through")
+        assert not first.done()
         with pytest.raises(grpc.RpcError) as caught:
-            other.unary_unary(PULL)(pull("app"), timeout=20)
+            other.unary_unary(PULL)(pull("app"), timeout=60)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         backend.hold.set()
-        assert first.result(20)
+        assert first.result(60)
     front.stop(0).wait()
     proxy.close()
 
@@ -164,15 +167,15 @@ def test_a_request_that_is_no_message_goes_on(
     expected_logs.allow("a PullImage request is not understood")
     expected_logs.allow("a RemoveImage request is not understood")
     for name in ("PullImage", "RemoveImage"):
-        channel.unary_unary(f"/runtime.v1.ImageService/{name}")(b"\xff", timeout=20)
+        channel.unary_unary(f"/runtime.v1.ImageService/{name}")(b"\xff", timeout=60)
     assert len(backend.calls) == 2
 
 
 def test_a_removed_images_credentials_go(channel: grpc.Channel, keychain: CriKeychain) -> None:
-    channel.unary_unary(PULL)(pull("app", username="u", password="p"), timeout=20)
+    channel.unary_unary(PULL)(pull("app", username="u", password="p"), timeout=60)
     assert found(keychain, "docker.io", "library/app") == Credentials("u", "p")
     remove = cri_pb2.RemoveImageRequest(image=cri_pb2.ImageSpec(image="docker.io/library/app:latest"))
-    channel.unary_unary("/runtime.v1.ImageService/RemoveImage")(remove.SerializeToString(), timeout=20)
+    channel.unary_unary("/runtime.v1.ImageService/RemoveImage")(remove.SerializeToString(), timeout=60)
     assert found(keychain, "docker.io", "library/app") is None
 
 
@@ -236,7 +239,7 @@ def test_kubelets_pull_through_us_with_a_real_containerd(
             request = pull(name, username=login.username, password=login.password)[:-5]
             reply = channel.unary_unary(PULL)(request, timeout=60)
             assert b"sha256:" in reply
-            listed = channel.unary_unary("/runtime.v1.ImageService/ListImages")(b"", timeout=20)
+            listed = channel.unary_unary("/runtime.v1.ImageService/ListImages")(b"", timeout=60)
             assert name.encode() in listed
         front.stop(0).wait()
         proxy.close()

@@ -35,7 +35,7 @@ def daemon(module_workdir: Path) -> Iterator[Daemon]:
 def refused(daemon: Daemon) -> str:
     """Start a daemon that must refuse to; return exit code and what it says: one line, and no traceback."""
     Service.start(daemon)
-    wait_until(lambda: not daemon.alive, timeout=30, what="the daemon has refused")
+    wait_until(lambda: not daemon.alive, timeout=60, what="the daemon has refused")
     code = daemon.stop()
     lines = [line for line in daemon.log_text().splitlines() if not line.startswith("{")]
     daemon.cleanup()
@@ -71,6 +71,7 @@ def test_status_in_words_and_as_json(daemon: Daemon) -> None:
 
 
 def test_metrics_are_served(daemon: Daemon) -> None:
+    daemon.status()  # the start-up test is over
     found = daemon.metrics()
     assert found['soci_lazy_mounts{state="awake"}'] == 0
     assert found["soci_serve_adoptions_total"] >= 1  # the start-up test's
@@ -117,7 +118,11 @@ def test_a_restart_keeps_the_holder_and_replaces_the_rest(daemon: Daemon) -> Non
     after = daemon.status()["pids"]
     assert after["holder"] == before["holder"]
     assert not {after[role] for role in ("daemon", "zygote", "fetcher")} & set(before.values())
-    assert not any(is_alive(before[role]) for role in ("daemon", "zygote", "fetcher"))
+    wait_until(
+        lambda: not any(is_alive(before[role]) for role in ("daemon", "zygote", "fetcher")),
+        timeout=60,
+        what="the former ones have ended",
+    )
 
 
 def test_a_killed_daemon_takes_its_generation_along(daemon: Daemon) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from snapshotter.fetch.counters import NAMES as FETCH_NAMES
 from snapshotter.fetch.counters import WAIT_NAMES
 from snapshotter.fuse.counters import NAMES as SERVE_NAMES
 from snapshotter.units import sha256_digest
-from tests.support.process import free_port
+from tests.support.process import free_port, wait_until
 
 
 class Numbers:
@@ -303,11 +303,18 @@ def test_scrapes_beside_ending_mounts_never_go_backwards() -> None:
         while not done.is_set():
             seen.append(totals.sum()["requests_read"])
 
+    def scraped(times: int) -> None:
+        """Wait until a scraper has begun and ended so often more."""
+        goal = len(seen) + times
+        wait_until(lambda: len(seen) >= goal, timeout=60, what="the scrapers scrape")
+
     threads = [threading.Thread(target=scrape) for _ in range(2)]
     for thread in threads:
         thread.start()
     for number in list(mounts):
         ended = mounts.pop(number)
+        if number % 20 == 0:
+            scraped(4)
         time.sleep(0)
         totals.retire(ended)
     done.set()
@@ -377,9 +384,18 @@ def test_a_scraper_that_goes_away_is_no_traceback(
 
 
 def test_nothing_stays_open(numbers: Numbers) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = sockets()
     serve(numbers, "tcp", f"127.0.0.1:{free_port()}")()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert sockets() - before == set()  # of an earlier test's some may have been closed meanwhile
+
+
+def sockets() -> set[str]:
+    """Return the sockets of this process, by their numbers in the kernel."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # that of the listing
+            found.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {name for name in found if name.startswith("socket:")}
 
 
 def test_hosts_have_their_own_numbers(scrape: Scrape) -> None:

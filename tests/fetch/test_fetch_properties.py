@@ -32,7 +32,9 @@ SMALL = make_layer(size=400 << 10, span_size=1 << 14)
 
 SPANS = min(len(SMALL.spans), len(make_layer().spans))
 BOUNDED = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -31,7 +31,11 @@ def served(start: StartRegistry) -> tuple[Registry, BlobSource]:
     return registry, source_of(registry)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(first=st.integers(0, len(DATA) - 1), length=st.integers(1, 900_000))
 def test_any_range_is_that_range(served: tuple[Registry, BlobSource], first: int, length: int) -> None:
     registry, source = served

@@ -13,18 +13,16 @@ import re
 import secrets
 import ssl
 import subprocess
-import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.images import Image
-from tests.support.process import Service
+from tests.support.process import Service, free_port, is_asleep, wait_until
 
 _LISTENING = re.compile(r"listening on (\S+?)(, tls)?[\"\s]")
 _ACCESS = re.compile(r'^\S+ \S+ \S+ \[[^\]]*\] "(\S+) (\S+) HTTP/[\d.]+" (\d+) (\d+|-)', re.MULTILINE)
-_SETTLE_SECONDS = 0.02
 _ACCEPT = ", ".join(f"application/vnd.oci.image.{kind}.v1+json" for kind in ("manifest", "index"))
 
 
@@ -110,12 +108,11 @@ class DockerRegistry:
         if self.tls and not self.ca.exists():
             self._make_certificate()
         # JSON is YAML, and the standard library can write it.
+        self.port = self.port or free_port()
         self._config.write_text(json.dumps(self._settings()))
         seen = len(_LISTENING.findall(self._service.log_text()))
         self._service.start()
         self._service.wait_ready(lambda: len(_LISTENING.findall(self._service.log_text())) > seen)
-        address = _LISTENING.findall(self._service.log_text())[-1][0]
-        self.port = int(address.rpartition(":")[2])
         return self
 
     def stop(self) -> None:
@@ -149,14 +146,12 @@ class DockerRegistry:
 
     def requests(self, since: int = 0) -> list[Request]:
         """Return what was asked after `since` (see `mark`), in the order in which the answers ended."""
+        # The registry writes an access line after the answer. It has written all of them when none of its threads
+        # runs or wants to, however long it waited for a processor.
+        wait_until(
+            lambda: is_asleep(self.pid) and is_asleep(self.pid), timeout=60, what="the registry is at rest"
+        )
         text = self._log()
-        # The registry writes an access line after the answer; what the last client asked may still be on its way.
-        while True:
-            time.sleep(_SETTLE_SECONDS)
-            later = self._log()
-            if later == text:
-                break
-            text = later
         return [
             Request(method, path, int(status), 0 if size == "-" else int(size))
             for method, path, status, size in _ACCESS.findall(text[since:])

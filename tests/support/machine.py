@@ -79,8 +79,8 @@ class Machine:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
-            wait_until(self._find_leader, timeout=60, what="systemd-nspawn has started systemd")
-            wait_until(self._is_up, timeout=60, what="systemd is up")
+            wait_until(self._find_leader, timeout=120, what="systemd-nspawn has started systemd")
+            wait_until(self._is_up, timeout=120, what="systemd is up")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self._log.read_text(errors='replace')[-4000:]}") from None
         # nspawn gives /sys and, with cgroup v1, most of the hierarchies read-only; runc makes groups, and we set read-ahead.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -48,10 +49,15 @@ def wait_until(condition: Callable[[], object], *, timeout: float, what: str) ->
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody has at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Return a TCP port of the loopback address that nobody has, and that the kernel gives to nobody by itself.
+
+    One of those that it does give could be somebody's by the time it is bound: a connection's, say.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(min(10_000, lowest - 1000), lowest)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def accepts_connections(path: Path) -> bool:
@@ -76,6 +82,16 @@ def is_alive(pid: int) -> bool:
         return _stat_fields(pid)[0] not in "ZX"
     except OSError:
         return False
+
+
+def is_asleep(pid: int) -> bool:
+    """Tell whether every thread of `pid` waits for something else than a processor or a disk."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+        return all(
+            task.read_text(errors="replace").rpartition(")")[2].split()[0] == "S"
+            for task in Path(f"/proc/{pid}/task").glob("*/stat")
+        )
+    return False
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
@@ -119,14 +135,14 @@ def naming(directory: Path) -> set[int]:
     return {pid for pid in found if is_alive(pid)} - {os.getpid()}
 
 
-def settle(directory: Path, *, timeout: float = 3.0) -> set[int]:
+def settle(directory: Path, *, timeout: float = 30.0) -> set[int]:
     """Return what `naming` still finds after up to `timeout` seconds; normally nothing, and soon."""
     with contextlib.suppress(AssertionError):
         wait_until(lambda: not naming(directory), timeout=timeout, what="they have ended")
     return naming(directory)
 
 
-def end_all(tag: str, *, timeout: float = 10.0) -> None:
+def end_all(tag: str, *, timeout: float = 60.0) -> None:
     """Kill every process with `tag` and all below. Raises AssertionError when one stays."""
 
     def gone() -> bool:
@@ -191,7 +207,7 @@ class Service:
                 start_new_session=True,
             )
 
-    def wait_ready(self, ready: Callable[[], object], *, timeout: float = 30.0) -> None:
+    def wait_ready(self, ready: Callable[[], object], *, timeout: float = 60.0) -> None:
         """Return when `ready()` is true. Raises AssertionError with the end of the log when that fails."""
         try:
             wait_until(lambda: not self.alive or ready(), timeout=timeout, what=f"{self.command[0]} is ready")
@@ -199,7 +215,7 @@ class Service:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log_text()[-4000:]}") from None
 
-    def stop(self, *, timeout: float = 15.0) -> int:
+    def stop(self, *, timeout: float = 60.0) -> int:
         """Ask the program to end, wait, and return its exit code (negative: the signal).
 
         Raises AssertionError, after killing it, when it does not end in `timeout` seconds.
@@ -208,7 +224,7 @@ class Service:
 
     def kill(self) -> int:
         """End this one process as a crash would (SIGKILL); what it started goes on."""
-        return self._end(signal.SIGKILL, 15.0)
+        return self._end(signal.SIGKILL, 60.0)
 
     def _end(self, number: signal.Signals, timeout: float) -> int:
         if self._process is None:
@@ -281,7 +297,7 @@ class Daemon(Service):
         """Return the options that name this daemon, for its own subcommands too."""
         return ["--config", str(self.config), "--address", str(self.address), "--root", str(self.root)]
 
-    def start(self, *, timeout: float = 30.0) -> None:
+    def start(self, *, timeout: float = 60.0) -> None:
         """Start the daemon and return when it answers on its socket."""
         super().start()
         self.wait_ready(lambda: accepts_connections(self.address), timeout=timeout)
@@ -291,7 +307,7 @@ class Daemon(Service):
         self.stop()
         self.start()
 
-    def command_line(self, *arguments: str, timeout: float = 30.0) -> str:
+    def command_line(self, *arguments: str, timeout: float = 60.0) -> str:
         """Run the daemon's program with `arguments` (say `status --json`) and return what it prints."""
         result = subprocess.run(
             [sys.executable, "-m", "snapshotter.daemon.main", *self.options(), *arguments],
@@ -305,8 +321,14 @@ class Daemon(Service):
         return result.stdout
 
     def status(self) -> dict[str, Any]:
-        """Return what `status --json` says."""
-        found: dict[str, Any] = json.loads(self.command_line("status", "--json"))
+        """Return what `status --json` says, once the start-up test is over."""
+        found: dict[str, Any] = {}
+
+        def tested() -> bool:
+            found.update(json.loads(self.command_line("status", "--json")))
+            return bool(found["not_lazy_because"] != "the start-up test is not over")
+
+        wait_until(tested, timeout=60, what="the start-up test is over")
         return found
 
     def metrics(self) -> dict[str, float]:
@@ -314,7 +336,7 @@ class Daemon(Service):
         # By a program of its own, because the daemon may be in another network namespace.
         fetch = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=60).read().decode())"
         command = [*self._prefix, sys.executable, "-c", fetch, f"http://{self.metrics_address}/metrics"]
-        text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        text = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
         samples = {}
         for line in text.splitlines():
             if line and not line.startswith("#"):
@@ -339,7 +361,7 @@ class Daemon(Service):
         host.detach_below(self.directory)
 
 
-def kill_and_wait(pid: int, *, timeout: float = 10.0) -> None:
+def kill_and_wait(pid: int, *, timeout: float = 60.0) -> None:
     """Kill one process, by a descriptor so that no other can be hit, and wait for its end."""
     try:
         fd = os.pidfd_open(pid)

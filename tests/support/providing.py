@@ -87,6 +87,7 @@ class Providing:
     store: SnapshotStore
     layers: LayerStore
     holder: HolderClient
+    client: RegistryClient
 
     def directory(self, snapshot_id: int) -> Path:
         """Return the top directory of a snapshot."""
@@ -235,7 +236,7 @@ def _compose(
         phases=phases,
     )
     provider.tested.set()
-    parts.append(Providing(root, provider, keeper, fetcher, forker, store, layers, holder))
+    parts.append(Providing(root, provider, keeper, fetcher, forker, store, layers, holder, client))
     return parts[0]
 
 
