@@ -22,6 +22,7 @@ from bench import (
     coldstart,
     fullpull,
     growth,
+    idle,
     misses,
     mounts,
     prepare,
@@ -91,6 +92,7 @@ SECTIONS: dict[str, Section] = {
     "growth": growth.figures,
     "mounts": lazy_mounts,
     "restart": restart.figures,
+    "idle": idle.figures,
     "fullpull": fullpull.figures,
     "coldstart": cold_starts,
 }

@@ -41,7 +41,7 @@ def figures(directory: Path) -> Iterator[Figure]:
     with Registry() as registry:
         try:
             daemon.start()
-            _pull(daemon, registry)
+            pull(daemon, registry, MOUNTS)
             targets = [mount["target"] for mount in daemon.status()["mounts"]]
             assert len(targets) == MOUNTS, f"{len(targets)} lazy mounts instead of {MOUNTS}"
             _read(targets)
@@ -62,11 +62,11 @@ def figures(directory: Path) -> Iterator[Figure]:
     yield goal("network requests of ten restarts with 50 mounts").figure(requests)
 
 
-def _pull(daemon: Daemon, registry: Registry) -> None:
-    """Have every layer mounted, as containerd does."""
+def pull(daemon: Daemon, registry: Registry, mounts: int) -> None:
+    """Have so many layers of small images mounted, as containerd does; `mounts` is a multiple of LAYERS."""
     with grpc.insecure_channel(f"unix:{daemon.address}") as channel:
         client = RemoteSnapshotter(channel)
-        for number in range(MOUNTS // LAYERS):
+        for number in range(mounts // LAYERS):
             tars = [tar({f"f{number}-{layer}": b"x" * 1000}) for layer in range(LAYERS)]
             image = publish(registry, tars, repository=f"image{number}")
             parent = ""

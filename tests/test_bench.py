@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 
 from bench import __main__ as program
-from bench import code, coldstart, demo, growth, identity, image, misses, mixed, mounts, readme
+from bench import code, coldstart, demo, growth, identity, idle, image, misses, mixed, mounts, readme, restart
 from bench.contenders import Reference
 from bench.figures import Figure, summary
 from bench.goals import GOALS, LINK
@@ -229,6 +229,16 @@ def test_requests_are_measured_beside_a_server_in_c(workdir: Path, monkeypatch: 
     assert {figure.name for figure in figures} <= {goal.name for goal in GOALS}
     assert len(figures) == 3
     assert all(figure.got for figure in figures)
+
+
+@pytest.mark.usefixtures("fuse")
+def test_a_daemon_at_rest_is_watched(workdir: Path) -> None:
+    figures = list(idle.figures(workdir, mounts=restart.LAYERS, seconds=1.0, settle=0.0))
+    assert [figure.name for figure in figures] == [
+        "processor, all idle", "wake-ups, all idle, beside grpcio's", "scrape with 200 mounts",
+    ]  # fmt: skip
+    assert all(figure.got is not None and figure.got >= 0 for figure in figures)
+    assert figures[1].detail["grpcio_per_s"] > 0
 
 
 def test_a_layer_of_many_files_is_a_layer(tmp_path: Path) -> None:
