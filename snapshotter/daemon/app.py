@@ -49,6 +49,7 @@ from snapshotter.daemon.config import Config, Settings
 from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
 from snapshotter.daemon.discovery import Modes
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.health import Health
 from snapshotter.daemon.localcontent import ContainerdArtifacts, LayoutArtifacts, LocalFirst, LocalStore
 from snapshotter.daemon.metrics import Collector
 from snapshotter.daemon.numbers import Numbers
@@ -199,7 +200,8 @@ class App:
         nursery.start_soon(self._watch_holder, holder)
         await self._provider.restore()
         nursery.start_soon(self._test_laziness)
-        self._serve_metrics(cleanup)
+        health = Health(self._address, store.last_id, self._fetcher, self._provider)
+        self._serve_metrics(health, cleanup)
         events = timeline.Timeline(phases=self._phases, fetcher=self._fetcher, store=store)
         await nursery.start(status.serve, root / reports.STATUS, report.collect, self._provider.tested)
         await nursery.start(status.serve, root / reports.TRACE, events.collect)
@@ -216,7 +218,6 @@ class App:
             },
         )
         notifier.ready()
-        health = watchdog.Health(self._address, store.last_id)
         nursery.start_soon(watchdog.watch, health, notifier, watchdog_interval())
         nursery.start_soon(self._rest.run)
         await trio.to_thread.run_sync(heap.settle)
@@ -366,17 +367,13 @@ class App:
         cleanup.callback(snapshotter.close)
         cleanup.callback(lambda: server.stop(grace=0).wait())
 
-    def _serve_metrics(self, cleanup: ExitStack) -> None:
+    def _serve_metrics(self, health: Health, cleanup: ExitStack) -> None:
         config = self._config
         if not config.metrics_address or config.no_prometheus:
             return
+        collectors = Collector(self._numbers), ReferenceCollector(self._numbers)
         try:
-            stop = web.serve(
-                [Collector(self._numbers), ReferenceCollector(self._numbers)],
-                self._numbers.health,
-                config.metrics_network,
-                config.metrics_address,
-            )
+            stop = web.serve(collectors, health.report, config.metrics_network, config.metrics_address)
         except OSError as error:
             raise ConfigError(
                 f"metrics_address: cannot listen on {config.metrics_address}: {error.strerror or error}"

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
@@ -93,11 +92,6 @@ class Numbers:
                     min(size, _bytes_on_disk(Path(spec.spans).with_name("blob"))),
                     self._keeper.counters(snapshot_id),
                 )
-
-    def health(self) -> dict[str, Any]:
-        """Return whether the daemon does its work, and what is missing."""
-        missing = [] if self._fetcher.pid else ["fetcher"]
-        return {"ok": not missing, "missing": missing, "not_lazy_because": self._provider.not_lazy}
 
     def _counters(self) -> Iterator[Mapping[str, int]]:
         for snapshot_id in list(self._keeper.mounts):

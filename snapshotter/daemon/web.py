@@ -22,11 +22,11 @@ from snapshotter.daemon.sockets import make_way
 
 _log = logging.getLogger(__name__)
 
-Health = Callable[[], Mapping[str, Any]]
-"""What /healthz tells; "ok" says whether this daemon does its work."""
+Report = Callable[[], Mapping[str, Any]]
+"""What /healthz tells (health.py); "ok" says whether this daemon does its work."""
 
 
-def serve(collectors: Iterable[Collector], health: Health, network: str, address: str) -> Callable[[], None]:
+def serve(collectors: Iterable[Collector], health: Report, network: str, address: str) -> Callable[[], None]:
     """Serve at `address` (host:port, or a socket's path with network "unix"); return what stops it.
 
     Raises OSError or ConfigError when the address cannot be had.
@@ -60,7 +60,7 @@ def serve(collectors: Iterable[Collector], health: Health, network: str, address
     return stop
 
 
-def _application(metrics: Any, health: Health) -> WSGIApplication:
+def _application(metrics: Any, health: Report) -> WSGIApplication:
     """Return what answers by path; everything but /healthz is a scrape, as in the reference."""
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -15,16 +16,24 @@ import trio
 import trio.testing
 
 from snapshotter.daemon import watchdog
-from snapshotter.daemon.watchdog import Health
+from snapshotter.daemon.health import Health
 from snapshotter.errors import ProcessFailed
 from snapshotter.sdnotify import Notifier
 from tests.conftest import ExpectedLogs
 
 
+@dataclass
+class Parts:
+    """What else there is to a daemon."""
+
+    pid: int | None = 7
+    not_lazy: str = "no FUSE"
+
+
 def find_trouble(address: Path, read: Callable[[], object] = lambda: None) -> str:
     async def main() -> str:
         with trio.fail_after(20):
-            return await Health(address, read).find_trouble()
+            return await Health(address, read, Parts(), Parts()).find_trouble()
 
     return trio.run(main)
 
@@ -80,6 +89,30 @@ def test_a_database_that_cannot_be_read(tmp_path: Path) -> None:
         raise ProcessFailed("disk image is malformed")
 
     assert find_trouble(tmp_path, read) == "the database cannot be read: disk image is malformed"
+
+
+def test_healthz_tells_the_same(tmp_path: Path) -> None:
+    parts = Parts()
+    broken = False
+
+    def read() -> None:
+        if broken:
+            raise ProcessFailed("disk image is malformed")
+
+    async def main() -> Health:
+        nonlocal broken
+        health = Health(tmp_path / "x.sock", read, parts, parts)
+        with answering(tmp_path / "x.sock", b"\0\0\0\4\0\0\0\0\0"):
+            well = await trio.to_thread.run_sync(health.report)
+        assert well == {"ok": True, "trouble": "", "missing": [], "not_lazy_because": "no FUSE"}
+        broken, parts.pid = True, None
+        unwell = await trio.to_thread.run_sync(health.report)
+        assert (unwell["ok"], unwell["missing"]) == (False, ["fetcher"])
+        assert unwell["trouble"] == "the database cannot be read: disk image is malformed"
+        return health
+
+    health = trio.run(main)
+    assert health.report()["trouble"] == "the daemon is ending"
 
 
 class _Health(Health):
