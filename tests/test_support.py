@@ -287,7 +287,7 @@ def test_containerd_pulls_runs_and_leaves_nothing(
 
 def test_a_slow_link_is_slow_and_can_be_cut(root: None, tmp_path: Path) -> None:
     program = "import socket, sys; s = socket.create_server((sys.argv[1], 7)); print(1, flush=True); s.accept(); s.accept()"
-    connect = "import socket, sys, time; t = time.time(); socket.create_connection((sys.argv[1], 7), 0.5); print(time.time() - t)"
+    connect = "import socket, sys, time; t = time.time(); socket.create_connection((sys.argv[1], 7), float(sys.argv[2])); print(time.time() - t)"
     with Network(tmp_path, Link(delay=0.02)) as network:
         server = subprocess.Popen(
             [*network.server.prefix, sys.executable, "-c", program, network.server.address],
@@ -297,11 +297,11 @@ def test_a_slow_link_is_slow_and_can_be_cut(root: None, tmp_path: Path) -> None:
             assert server.stdout is not None
             server.stdout.readline()
             client = [*network.client.prefix, sys.executable, "-c", connect, network.server.address]
-            result = subprocess.run(client, capture_output=True, text=True, timeout=20, check=True)
+            result = subprocess.run([*client, "30"], capture_output=True, text=True, timeout=60, check=True)
             assert float(result.stdout) >= 0.04
             network.shape(Link(cut=True))
             time.sleep(0.2)
-            result = subprocess.run(client, capture_output=True, text=True, timeout=20, check=False)
+            result = subprocess.run([*client, "0.5"], capture_output=True, text=True, timeout=60, check=False)
             assert "timed out" in result.stderr
         finally:
             server.kill()
