@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
@@ -19,6 +18,7 @@ from snapshotter.daemon.phases import Phase, Phases, Timings
 from snapshotter.daemon.provider import REASONS, Provider
 from snapshotter.daemon.reference_metrics import LayerNumbers
 from snapshotter.daemon.totals import Totals
+from snapshotter.fuse.counters import NAMES
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.snapshot.store import SnapshotStore
 
@@ -89,17 +89,20 @@ class Numbers:
                     image,
                     spec.target,
                     size,
-                    min(size, _bytes_on_disk(Path(spec.spans).with_name("blob"))),
+                    min(size, _bytes_on_disk(os.path.join(os.path.dirname(spec.spans), "blob"))),
                     self._keeper.counters(snapshot_id),
                 )
 
     def _counters(self) -> Iterator[Mapping[str, int]]:
+        """Yield the sums over all mounts: by column, for there may be hundreds, each with dozens of counters."""
+        rows = []
         for snapshot_id in list(self._keeper.mounts):
             with suppress(KeyError, OSError):
-                yield self._keeper.counters(snapshot_id)
+                rows.append(self._keeper.counters(snapshot_id).values())
+        yield dict(zip(NAMES, map(sum, zip(*rows, strict=True)), strict=False))
 
 
-def _bytes_on_disk(path: Path) -> int:
+def _bytes_on_disk(path: str) -> int:
     try:
         return os.stat(path).st_blocks * 512
     except FileNotFoundError:
