@@ -14,14 +14,14 @@ import statistics
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from bench import restart
 from bench.figures import Figure
 from bench.goals import goal
-from tests.support.process import Daemon, Service, accepts_connections, wait_until
+from tests.support.process import Daemon, Service, accepts_connections, usage, wait_until
 from tests.support.registry import Registry
 
 MOUNTS = 200
@@ -89,31 +89,27 @@ def figures(
 def watch(groups: Iterable[Iterable[int]], seconds: float) -> list[Activity]:
     """Return what each group of processes does in the next `seconds`, by the threads that are there at their end."""
     pids = [list(group) for group in groups]
-    before = [_threads(group) for group in pids]
+    before = [(_wakeups(group), usage(group).cpu) for group in pids]
     time.sleep(seconds)
-    return [_since(earlier, _threads(group)) for earlier, group in zip(before, pids, strict=True)]
+    activities = []
+    for group, (wakeups, cpu) in zip(pids, before, strict=True):
+        more = sum(count - wakeups.get(thread, 0) for thread, count in _wakeups(group).items())
+        activities.append(Activity(more, max(usage(group).cpu - cpu, 0.0)))
+    return activities
 
 
-def _since(before: Mapping[str, Activity], after: Mapping[str, Activity]) -> Activity:
-    nothing = Activity(0, 0.0)
-    pairs = [(before.get(thread, nothing), now) for thread, now in after.items()]
-    return Activity(
-        sum(now.wakeups - then.wakeups for then, now in pairs),
-        sum(now.cpu_s - then.cpu_s for then, now in pairs),
-    )
-
-
-def _threads(pids: Iterable[int]) -> dict[str, Activity]:
-    """Return what each living thread of `pids` has done so far, by its name in /proc."""
-    found = {}
+def _wakeups(pids: Iterable[int]) -> dict[str, int]:
+    """Return how often each living thread of `pids` has gone to sleep so far, by its name in /proc."""
+    tasks: list[Path] = []
     for pid in pids:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            # One that ends just now has nothing to do with the rest.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                status = (task / "status").read_text().split()
-                wakeups = int(status[status.index("voluntary_ctxt_switches:") + 1])
-                nanoseconds = int((task / "schedstat").read_text().split()[0])
-                found[str(task)] = Activity(wakeups, nanoseconds / 1e9)
+        with contextlib.suppress(FileNotFoundError):
+            tasks += Path(f"/proc/{pid}/task").iterdir()
+    found = {}
+    for task in tasks:
+        # One that ends just now has nothing to do with the rest.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = (task / "status").read_text().split()
+            found[str(task)] = int(status[status.index("voluntary_ctxt_switches:") + 1])
     return found
 
 
