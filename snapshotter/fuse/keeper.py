@@ -304,7 +304,10 @@ class Keeper:
                 os.close(child.pidfd)
         mountpoint.is_damaged = mountpoint.adoptions == adoptions
         lived = trio.current_time() - started
-        mountpoint.short_lives = mountpoint.short_lives + 1 if lived < _SHORT_LIFE_S else 0
+        is_short = (
+            lived < _SHORT_LIFE_S or mountpoint.is_damaged
+        )  # on a busy host a crash takes its time, too
+        mountpoint.short_lives = mountpoint.short_lives + 1 if is_short else 0
 
     async def _listen(self, mountpoint: Mountpoint, control: socket.socket) -> None:
         """Give the server another socket to the fetcher whenever it says that it has lost its own."""

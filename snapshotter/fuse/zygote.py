@@ -91,7 +91,9 @@ def main(argv: list[str]) -> None:
 
 
 def _fork(control: socket.socket, message: messages.Message, fds: list[int]) -> None:
-    """Fork one child. It begins when its pidfd is open: one that had ended before could not be opened any more."""
+    """Fork one child. It begins when its pidfd is on its way to the daemon: one that had ended before could not be
+    opened any more, and nobody sees what it does before the daemon can know of it.
+    """
     job = JOBS[message["job"]]
     gate, opener = os.pipe()
     try:
@@ -102,13 +104,13 @@ def _fork(control: socket.socket, message: messages.Message, fds: list[int]) -> 
             os.close(gate)
             _run_child(control, job, message, fds)
         pidfd = os.pidfd_open(pid)
+        try:
+            messages.send(control, {"id": message["id"], "pid": pid}, [pidfd])
+        finally:
+            os.close(pidfd)
     finally:
         os.close(gate)
         os.close(opener)
-    try:
-        messages.send(control, {"id": message["id"], "pid": pid}, [pidfd])
-    finally:
-        os.close(pidfd)
 
 
 def _run_child(control: socket.socket, job: Job, message: messages.Message, fds: list[int]) -> None:

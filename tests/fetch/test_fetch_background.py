@@ -163,8 +163,12 @@ def test_of_layers_that_nobody_has_read_the_smallest_goes_first(tmp_path: Path, 
         for layer in layers:
             rig.open(layer, background=True)
         rig.source = None
+        first = registry.fault(Stall(path=BLOBS))
         for layer in layers:
             rig.send_source(layer)
+        rig.connect(layers[0])
+        rig.wait_for(lambda: rig.count("readers") == 1, "what was said before that was heard")
+        first.release()
         for layer in layers:
             rig.wait_verified(layer)
         order = [request.path.rpartition("/")[2] for request in registry.matching(path=BLOBS)]
@@ -284,13 +288,15 @@ def test_memory_is_bounded(tmp_path: Path, registry: Registry) -> None:
     """With room for nothing, one range at a time is under way, whoever wants it."""
     with Rig(tmp_path, registry, options={"memory_bytes": 1, "range_max_bytes": 40_000}) as rig:
         layer = rig.add(make_layer())
-        registry.fault(Stall(path=BLOBS, seconds=0.5))
+        stall = registry.fault(Stall(path=BLOBS))
         rig.open(layer, background=True)
         rig.wait_for(rig.ranges, "the first range")
         server = rig.connect(layer)
         server.want(9)
+        rig.wait_for(lambda: rig.count("wants"), "the wish")
         settle()
         assert len(rig.ranges()) == 1
+        stall.release()
         server.wait(9)
         rig.wait_verified(layer)
         rig.wait_for(lambda: rig.count("memory_bytes") == 0, "memory given back")

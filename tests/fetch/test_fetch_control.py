@@ -13,6 +13,7 @@ from snapshotter import messages
 from snapshotter.fetch import control
 from snapshotter.registry.source import BlobSource
 from snapshotter.units import Digest
+from tests.support.process import open_descriptors
 
 LAYER = Digest("sha256:" + "ab" * 32)
 SOURCE = BlobSource("https://host/blob?sig=hush", {"Authorization": "Bearer hush"}, "host", "layer")
@@ -86,7 +87,7 @@ def test_a_bad_packet_is_refused_without_showing_it(
 
 
 def test_descriptors_of_a_bad_packet_are_closed(pair: tuple[socket.socket, socket.socket]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     read_end, write_end = os.pipe()
     try:
         messages.send(pair[0], {"op": "close", "layer": LAYER}, [read_end])
@@ -95,4 +96,4 @@ def test_descriptors_of_a_bad_packet_are_closed(pair: tuple[socket.socket, socke
     finally:
         os.close(read_end)
         os.close(write_end)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

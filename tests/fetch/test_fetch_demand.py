@@ -39,12 +39,14 @@ def test_a_span_that_is_there_is_not_fetched_again(rig: Rig) -> None:
 def test_readers_of_one_span_share_one_request(rig: Rig, registry: Registry) -> None:
     layer = rig.add(make_layer())
     rig.open(layer)
-    stall = registry.fault(Stall(path="/blobs/", seconds=0.5))
+    stall = registry.fault(Stall(path="/blobs/"))
     servers = [rig.connect(layer) for _ in range(10)]
     for server in servers:
         server.want(5)
         server.want(5)
     rig.wait_for(lambda: stall.hits, "a request")
+    rig.wait_for(lambda: rig.count("wants") == 2 * len(servers), "all wishes")
+    stall.release()
     for server in servers:
         server.wait(5)
         assert server.data(5) == layer.content(5)
@@ -80,33 +82,37 @@ def test_the_first_span_is_ready_while_the_rest_of_its_range_is_on_its_way(
     layer = rig.add(make_layer())
     server = rig.connect(layer)
     rig.open(layer)
-    registry.fault(Stall(path="/blobs/", after=len(layer.compressed(4)) + 1, seconds=1.0))
+    stall = registry.fault(Stall(path="/blobs/", after=len(layer.compressed(4)) + 1))
     server.want(4, 10)
     server.wait(4)
     assert server.data(4) == layer.content(4)
     (request,) = registry.matching(path="/blobs/")
     assert request.sent == len(layer.compressed(4)) + 1, "the registry has not sent more yet"
+    stall.release()
     server.wait(*range(5, 10))
     assert rig.times_fetched(layer)[4] == 1
 
 
-def test_a_reader_does_not_queue_behind_the_background(rig: Rig, registry: Registry) -> None:
+def test_a_reader_does_not_queue_behind_the_background(tmp_path: Path, registry: Registry) -> None:
     """Measured in requests: the next one that the registry sees after the wish is the reader's."""
-    layer = rig.add(make_layer(size=16 << 20, span_size=1 << 17))
-    registry.fault(Slow(path="/blobs/", count=-1, rate=2e6))
-    rig.open(layer, background=True)
-    rig.wait_for(lambda: len(rig.ranges()) >= 2, "the background to start")
-    settle()
-    before = len(rig.ranges())
-    last = len(layer.spans) - 1
-    server = rig.connect(layer)
-    server.want(last)
-    server.wait(last)
-    assert server.data(last) == layer.content(last)
-    start, end = rig.ranges()[before]
-    wanted = layer.spans[last]
-    assert start <= wanted.compressed_start < wanted.compressed_end <= end
-    assert len(rig.ranges()) <= before + 2, "and the background did not start meanwhile, but to read ahead"
+    with Rig(tmp_path, registry, options={"background_connections": 2}) as rig:
+        layer = rig.add(make_layer(size=16 << 20, span_size=1 << 17))
+        registry.fault(Slow(path="/blobs/", count=2, rate=1e4))  # for longer than this test takes
+        rig.open(layer, background=True)
+        rig.wait_for(lambda: len(rig.ranges()) == 2, "the background to start")
+        last = len(layer.spans) - 1
+        server = rig.connect(layer)
+        server.want(last)
+        server.wait(last)
+        assert server.data(last) == layer.content(last)
+        start, end = rig.ranges()[2]
+        wanted = layer.spans[last]
+        assert start <= wanted.compressed_start < wanted.compressed_end <= end
+        assert rig.count("background_ranges") == 2, "and the background did not start meanwhile"
+        slow = registry.matching(path="/blobs/")[:2]
+        assert all(
+            request.sent < last - first for request, (first, last) in zip(slow, rig.ranges(), strict=False)
+        )
 
 
 def test_a_reader_far_back_in_a_background_range_does_not_wait_for_all_of_it(
@@ -115,7 +121,7 @@ def test_a_reader_far_back_in_a_background_range_does_not_wait_for_all_of_it(
     layer = rig.add(make_layer(size=8 << 20, span_size=1 << 16))
     rig.source = lambda _: None
     rig.open(layer, background=True)
-    registry.fault(Stall(path="/blobs/", after=1000, seconds=1.0, count=2))
+    stall = registry.fault(Stall(path="/blobs/", after=1000, count=2))
     rig.source = None
     rig.send_source(layer)
     rig.wait_for(lambda: len(rig.ranges()) == 2, "two background ranges under way, both stalled")
@@ -129,6 +135,7 @@ def test_a_reader_far_back_in_a_background_range_does_not_wait_for_all_of_it(
     assert server.data(inside[-1]) == layer.content(inside[-1])
     assert rig.count("cut_ranges") == 1
     assert all(request.sent <= 1000 for request in registry.matching(path="/blobs/")[:2])
+    stall.release()
     rig.wait_verified(layer)
     assert rig.count("retries") == 0
 
@@ -152,15 +159,17 @@ def test_read_ahead_brings_what_a_sequential_reader_needs_next(rig: Rig) -> None
 def test_a_server_that_goes_away_leaves_nothing_behind(rig: Rig, registry: Registry) -> None:
     layer = rig.add(make_layer())
     rig.open(layer)
-    registry.fault(Stall(path="/blobs/", seconds=0.5))
+    stall = registry.fault(Stall(path="/blobs/"))
     leaver, stayer = rig.connect(layer), rig.connect(layer)
     leaver.want(3, 6)
     stayer.want(4)
     rig.wait_for(rig.ranges, "a request")
+    rig.wait_for(lambda: rig.count("wants") == 4, "both wishes")
     leaver.close()
+    rig.wait_for(lambda: rig.count("readers") == 1, "one server left")
+    stall.release()
     stayer.wait(4)
     assert rig.times_fetched(layer)[4] == 1
-    rig.wait_for(lambda: rig.count("readers") == 1, "one server left")
     assert rig.count("queued_ondemand") == 0
 
 
@@ -265,12 +274,14 @@ def test_a_range_is_not_cut_while_somebody_waits_for_a_nearer_span(rig: Rig, reg
     layer = rig.add(make_layer(size=8 << 20, span_size=1 << 16))
     server = rig.connect(layer)
     rig.open(layer)
-    registry.fault(Stall(path="/blobs/", after=1000, seconds=0.5))
+    stall = registry.fault(Stall(path="/blobs/", after=1000))
     server.want(0, 40)
     rig.wait_for(rig.ranges, "the range")
     rig.connect(layer).want(39)
+    rig.wait_for(lambda: rig.count("wants") == 41, "the second wish")
     settle()
     assert len(rig.ranges()) == 1
+    stall.release()
     server.wait(*range(40))
     assert rig.count("cut_ranges") == 0
 
@@ -292,7 +303,8 @@ def test_many_servers_reading_everything_at_once(rig: Rig) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
+        assert not thread.is_alive()
     assert not problems
     assert max(rig.times_fetched(layer).values()) == 1
     assert sum(end - start for start, end in rig.ranges()) <= len(layer.blob) + len(layer.spans)

@@ -52,7 +52,7 @@ def daemon_side(rig: Rig, registry: Registry) -> Iterator[RegistryClient]:
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     client, token = parts[0]
 
     async def find(question: control.NeedSource) -> control.FromDaemon:
@@ -68,7 +68,7 @@ def daemon_side(rig: Rig, registry: Registry) -> Iterator[RegistryClient]:
     finally:
         rig.stop()
         token.run_sync_soon(stop.set)
-        thread.join(30)
+        thread.join(60)
 
 
 def test_a_whole_layer_is_read_while_tokens_and_urls_expire(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.fetch import control
+from snapshotter.layer import wire
 from snapshotter.layer.spans import SpanState
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Rig, make_layer, settle
@@ -184,17 +185,17 @@ def test_the_budget_of_a_read_ends_it_and_the_next_one_tries_afresh(
     tmp_path: Path, registry: Registry, expected_logs: ExpectedLogs
 ) -> None:
     expected_logs.allow("not fetched within the budget")
-    with Rig(tmp_path, registry, options={"read_budget_s": 0.5, "read_timeout_s": 10.0}) as rig:
+    with Rig(tmp_path, registry, options={"read_budget_s": 0.5, "read_timeout_s": 60.0}) as rig:
         layer = rig.add(make_layer())
         rig.open(layer)
-        registry.fault(Stall(path=BLOBS, seconds=60))
+        registry.fault(Stall(path=BLOBS, seconds=120))
         server = rig.connect(layer)
         began = time.monotonic()
         server.want(4)
         assert server.wait_failed(4) == errno.EIO
-        assert 0.4 < time.monotonic() - began < 8, "before a read of the network would have timed out"
+        assert 0.4 < time.monotonic() - began < 40, "before a read of the network would have timed out"
         assert rig.count("budget_exceeded") == 1
-        assert server.read(4) == layer.content(4)
+        assert server.read_at_last(4) == layer.content(4)
 
 
 def test_the_budget_holds_while_the_daemon_says_nothing(
@@ -210,24 +211,32 @@ def test_the_budget_holds_while_the_daemon_says_nothing(
             assert server.wait_failed(4) == errno.EIO
         assert len(rig.questions) == 1, "one outstanding"
         rig.send_source(layer)
-        assert server.read(4) == layer.content(4)
+        assert server.read_at_last(4) == layer.content(4)
 
 
 def test_the_budget_of_one_server_is_not_that_of_another(
     tmp_path: Path, registry: Registry, expected_logs: ExpectedLogs
 ) -> None:
     expected_logs.allow("not fetched within the budget")
-    with Rig(tmp_path, registry, options={"read_budget_s": 0.6}) as rig:
+    # On a busy machine the rest of the later one's time may be too short; then both are given more.
+    assert any(_later_one_is_served(tmp_path / str(pause), registry, pause) for pause in (0.4, 2.0, 10.0))
+
+
+def _later_one_is_served(root: Path, registry: Registry, pause: float) -> bool:
+    """Ask for a span twice with `pause` seconds between; tell whether it comes for the second when the first has failed."""
+    with Rig(root, registry, options={"read_budget_s": 1.5 * pause}) as rig:
         layer = rig.add(make_layer())
         rig.source = lambda _: None
         early, late = rig.connect(layer), rig.connect(layer)
         early.want(4)
-        settle(0.4)
+        settle(pause)
         late.want(4)
         assert early.wait_failed(4) == errno.EIO
         rig.send_source(layer)
-        late.wait(4)
+        if not isinstance(late.hear(), wire.Ready):
+            return False
         assert late.data(4) == layer.content(4)
+        return True
 
 
 def test_one_dead_layer_does_not_hold_up_another(tmp_path: Path, registry: Registry) -> None:

@@ -15,6 +15,7 @@ from snapshotter.fetch.pipeline import Outcome
 from snapshotter.layer.spans import SpanState
 from snapshotter.layer.store import LayerStore
 from tests.fetch.rig import Layer, make_layer, put
+from tests.support.process import open_descriptors
 
 NOTHING = memoryview(b"")
 NUMBER = 5
@@ -153,17 +154,17 @@ def test_the_whole_blob_is_recognised(files: LayerFiles, layer: Layer) -> None:
 
 
 def test_opening_and_closing_leaves_no_descriptor(store: LayerStore, layer: Layer) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     files = open_files(store, layer)
     ActiveLayer(files).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     store.paths(layer.digest).ztoc.unlink()
     with pytest.raises(FileNotFoundError):
         open_files(store, layer)
     store.paths(layer.digest).tree.unlink()
     with pytest.raises(InvalidLayerFile, match="tree"):
         open_files(store, layer)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_closed_layer_keeps_its_descriptors_for_tasks_under_way(store: LayerStore, layer: Layer) -> None:

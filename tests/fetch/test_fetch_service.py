@@ -89,12 +89,13 @@ def test_gauges_say_what_is_going_on(rig: Rig, registry: Registry) -> None:
     layer = rig.add(make_layer())
     server = rig.connect(layer)
     rig.wait_for(lambda: rig.count("readers") == 1, "the server")
-    stall = registry.fault(Stall(path="/blobs/", after=10, seconds=0.5))
+    stall = registry.fault(Stall(path="/blobs/", after=10))
     server.want(3)
     rig.wait_for(lambda: stall.hits, "the request")
     rig.wait_for(lambda: rig.count("transfers_ondemand") == 1, "the gauge, which is set after the start")
     assert rig.count("spans_under_way") >= 1
     assert rig.count("memory_bytes") >= len(layer.compressed(3))
+    stall.release()
     server.wait(3)
     for gauge in ("transfers_ondemand", "spans_under_way", "memory_bytes"):
         rig.wait_for(partial(_is_zero, rig, gauge), f"{gauge} to fall")
@@ -134,11 +135,13 @@ def test_a_trace_that_cannot_be_written_is_said_and_harms_nothing(
 
 
 def test_idle_memory_is_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(downloads, "IDLE_SECONDS", 600.0)
     layer = rig.add(make_layer())
     server = rig.connect(layer)
     server.read(3)
     rig.wait_for(lambda: rig.count("memory_idle_bytes"), "a buffer that is kept")
+    monkeypatch.setattr(downloads, "IDLE_SECONDS", 0.2)
+    assert server.read(15) == layer.content(15)
     rig.wait_for(lambda: rig.count("memory_idle_bytes") == 0, "nothing kept")
     assert server.read(9) == layer.content(9)
 

@@ -48,12 +48,18 @@ def fixed(*layers: Layer) -> int:
 def fill(disk: Path) -> Path:
     """Leave nothing free on `disk`; return the file that takes it all."""
     ballast = disk / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(64 * KIB))
-    with suppress(OSError), ballast.open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(512))
+    ballast.touch()
+    size = -1
+    while (
+        size < ballast.stat().st_size
+    ):  # what was set aside for blocks that were not allocated yet comes back
+        size = ballast.stat().st_size
+        for piece in (64 * KIB, 512):
+            with suppress(OSError), ballast.open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(piece))
+        with ballast.open("ab", buffering=0) as file:
+            os.fsync(file)
     return ballast
 
 

@@ -52,7 +52,7 @@ def test_what_is_urgent_overtakes_what_waits() -> None:
                 finished.set()
 
         def first() -> str:
-            gate.wait(5)
+            gate.wait(60)
             return "first"
 
         pool.submit(2, first, done)
@@ -84,7 +84,7 @@ def test_no_more_threads_than_asked_for_and_none_before_they_are_needed() -> Non
                 finished.set()
 
         for _ in range(20):
-            pool.submit(0, lambda: gate.wait(5), done)
+            pool.submit(0, lambda: gate.wait(60), done)
         assert alive() == 3
         gate.set()
         with trio.fail_after(60):

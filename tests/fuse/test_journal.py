@@ -13,6 +13,7 @@ import pytest
 
 from snapshotter.fuse import kernel
 from snapshotter.fuse.journal import SIZE, SLOT_SIZE, SLOTS, Journal
+from tests.support.process import open_descriptors
 
 
 def lookup(unique: int, name: bytes = b"name\0") -> bytes:
@@ -86,22 +87,30 @@ def test_a_device_that_fails_leaves_the_slot_free(fd: int) -> None:
 def test_a_signal_ends_a_read(fd: int) -> None:
     journal = Journal(fd)
     former = signal.signal(signal.SIGALRM, lambda *_ignored: None)
-    timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGALRM))
+    main, over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
+    def interrupt() -> None:
+        while not over.wait(0.05):  # the first may come before the read
+            signal.pthread_kill(main, signal.SIGALRM)
+
+    timer = threading.Thread(target=interrupt)
     timer.start()
     try:
         with device() as source, pytest.raises(InterruptedError):
             journal.read(source, 0)
     finally:
+        over.set()
         timer.join()
         signal.signal(signal.SIGALRM, former)
         journal.close()
 
 
 def test_private_memory_needs_no_descriptor() -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     journal = Journal()
     with device(lookup(1)) as source:
         journal.read(source, 0)
     assert len(journal.unanswered()) == 1
     journal.close()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before

@@ -19,6 +19,7 @@ from snapshotter.fuse.mountpoint import State
 from tests.conftest import ExpectedLogs
 from tests.support.keeping import keeping, shell
 from tests.support.lazylayer import LazyLayer, make_layer, make_tar
+from tests.support.process import is_alive, open_descriptors
 
 pytestmark = pytest.mark.usefixtures("recovery")
 
@@ -93,10 +94,12 @@ def test_a_layer_falls_asleep_and_wakes_again(workdir: Path, layer: LazyLayer) -
         async with keeping(workdir, idle_timeout=0.3) as kept:
             target = workdir / "m"
             await kept.keeper.mount(layer.spec(1, target))
-            for round_number in range(3):
+            for _round in range(3):
                 await shell("echo 3 > /proc/sys/vm/drop_caches")
+                before = kept.keeper.counters(1)["adoptions"]
                 assert await digest_of_all(target) == ALL
-                assert kept.keeper.counters(1)["adoptions"] == round_number + 1
+                # On a busy machine it may have fallen asleep between two reads, too.
+                assert kept.keeper.counters(1)["adoptions"] > before
                 await kept.until(1, State.ASLEEP)
                 assert kept.keeper.mounts[1].pid == 0
 
@@ -129,6 +132,7 @@ while True:
                 with trio.fail_after(60):
                     while served(kept.keeper.counters(1)) < before + 5_000:
                         await trio.sleep(0.01)
+                await kept.until(1, State.AWAKE)  # it serves before the keeper hears of its start
                 assert mountpoint.control is not None
                 before = served(kept.keeper.counters(1))
                 mountpoint.control.shutdown(socket.SHUT_RDWR)
@@ -206,7 +210,7 @@ def test_killed_servers_cost_no_read(workdir: Path, layer: LazyLayer) -> None:
                 nursery.start_soon(read)
                 former = 0
                 for _kill in range(3):
-                    with trio.fail_after(30):
+                    with trio.fail_after(60):
                         while (pid := kept.keeper.mounts[1].pid) in {0, former}:
                             await trio.sleep(0.01)
                     await trio.sleep(0.1)  # in the middle of its work
@@ -227,8 +231,13 @@ def test_a_dead_zygote_is_replaced(workdir: Path, layer: LazyLayer, expected_log
             await kept.keeper.mount(layer.spec(1, target))
             assert await digest_of_all(target) == ALL
             await kept.until(1, State.ASLEEP)
-            assert kept.forker.pid is not None
-            os.kill(kept.forker.pid, signal.SIGKILL)
+            former = kept.forker.pid
+            assert former is not None
+            os.kill(former, signal.SIGKILL)
+            with trio.fail_after(60):
+                # A request to a zygote that is just dying would fail, and be logged.
+                while kept.forker.pid == former:
+                    await trio.sleep(0.01)
             await shell("echo 3 > /proc/sys/vm/drop_caches")
             assert await digest_of_all(target) == ALL
 
@@ -239,14 +248,14 @@ def test_an_ended_mount_leaves_nothing(workdir: Path, layer: LazyLayer) -> None:
     async def main() -> None:
         async with keeping(workdir) as kept:
             target = workdir / "m"
-            before = len(os.listdir("/proc/self/fd"))
+            before = open_descriptors()
             for _round in range(5):
                 await kept.keeper.mount(layer.spec(1, target))
                 assert await digest_of_all(target) == ALL
                 assert await kept.keeper.unmount(1)
                 await kept.until_gone(1)
             assert not await kept.keeper.unmount(1)
-            assert len(os.listdir("/proc/self/fd")) == before
+            assert open_descriptors() == before
             assert kept.holder.kept() == {}
             assert len(kept.gone) == 5
             assert os.listdir(target) == []
@@ -292,8 +301,9 @@ def test_a_new_daemon_takes_mounts_back_from_the_holder(workdir: Path, layer: La
         async with keeping(workdir, leave=True) as kept:
             await kept.keeper.mount(spec)
             assert await digest_of_all(target) == ALL
+            await kept.until(1, State.AWAKE)  # it serves before the keeper hears of its start
             old = kept.keeper.mounts[1].pid
-        while Path(f"/proc/{old}").exists():
+        while is_alive(old):
             await trio.sleep(0.01)
         results: list[str] = []
 
@@ -406,7 +416,7 @@ def test_a_span_that_nobody_brings_is_an_error_in_time(workdir: Path) -> None:
             assert b"Input/output error" in raised.value.stderr
             assert (await shell(f"ls {target}")) == "f\n"
             assert kept.keeper.counters(1)["failures_read"] >= 1
-            with trio.fail_after(20):  # read-ahead may still wait
+            with trio.fail_after(60):  # read-ahead may still wait
                 while kept.keeper.counters(1)["reads_waiting"]:
                     await trio.sleep(0.01)
 

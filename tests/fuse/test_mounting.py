@@ -12,6 +12,7 @@ import pytest
 from snapshotter.fuse import kernel, mounting
 from snapshotter.fuse.mountpoint import is_dead, make_mount
 from tests.support import host
+from tests.support.process import open_descriptors
 
 pytestmark = pytest.mark.usefixtures("fuse")
 
@@ -104,21 +105,21 @@ def test_mounts_on_mounts_are_taken_one_by_one(target: Path, mounted: int) -> No
 @pytest.mark.parametrize(("name", "number"), [("missing", errno.ENOENT), ("file", errno.ENOTDIR)])
 def test_a_target_that_is_no_directory(workdir: Path, name: str, number: int) -> None:
     (workdir / "file").write_text("x")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(OSError, match="mount of a lazy layer") as info:
         make_mount(str(workdir / name))
     assert info.value.errno == number
     assert info.value.filename == str(workdir / name)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_kernel_that_is_too_old_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "OLDEST_MINOR", 1000)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(ValueError, match=r"7\.1000 or newer"):
         make_mount(str(target))
     assert found(target) == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_the_descriptor_is_blocking_and_stays_here() -> None:

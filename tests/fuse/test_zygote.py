@@ -30,7 +30,7 @@ class Child:
     pidfd: int
     answer: socket.socket
 
-    def ended(self, seconds: float = 10) -> bool:
+    def ended(self, seconds: float = 60) -> bool:
         """Wait for its end."""
         return bool(select.select([self.pidfd], [], [], seconds)[0])
 
@@ -54,7 +54,7 @@ class Zygote:
 
     def __init__(self, empty_root: Path) -> None:
         self.control, far = messages.pair()
-        self.control.settimeout(20)
+        self.control.settimeout(60)
         self.lock = os.memfd_create("inherited", 0)
         command = [sys.executable, "-m", "tests.support.probezygote", str(far.fileno()), str(empty_root)]
         # Whoever measures coverage in the zygote writes its file into the empty root.
@@ -81,7 +81,7 @@ class Zygote:
     def fork(self, job: str, *, fds: Mapping[str, int] | None = None, **arguments: Any) -> Child:
         """Return a new child; it has the other end of its `answer` and `fds`."""
         near, far = messages.pair()
-        near.settimeout(20)
+        near.settimeout(60)
         with far:
             answer = self.ask(job, {"answer": far.fileno(), **(fds or {})}, **arguments)
         child = Child(answer["pid"], answer["pidfd"], near)
@@ -95,7 +95,7 @@ class Zygote:
             assert child.ended()
             os.close(child.pidfd)
         self.control.close()
-        assert self.process.wait(20) == 0
+        assert self.process.wait(60) == 0
         os.close(self.lock)
 
 
@@ -213,14 +213,14 @@ def test_names_without_descriptors_end_the_child_only(zygote: Zygote) -> None:
     received = messages.receive(zygote.control)
     assert received is not None
     (pidfd,) = received[1]
-    assert select.select([pidfd], [], [], 10)[0]
+    assert select.select([pidfd], [], [], 60)[0]
     os.close(pidfd)
     assert zygote.process.poll() is None
 
 
 def test_a_zygote_without_a_daemon_ends(tmp_path: Path) -> None:
-    zygote = Zygote(tmp_path / "empty")
     (tmp_path / "empty").mkdir()
+    zygote = Zygote(tmp_path / "empty")
     zygote.close()
 
 

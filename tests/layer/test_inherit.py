@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from snapshotter.layer.tree import Tree
 from snapshotter.ztoc.build import build
 from snapshotter.ztoc.model import Algorithm
 from tests.support.images import Entry, directory, symlink, tar
+from tests.support.process import open_descriptors
 
 Named = tuple[str, Entry | bytes]
 MTIME_NS = 1_700_000_000 * 10**9
@@ -190,7 +190,7 @@ def test_a_parent_that_cannot_be_read_is_an_error(layers: Layers, tmp_path: Path
 def test_nothing_stays_open(layers: Layers) -> None:
     parents = [layers.parent("lazy", HAS_TMP), layers.parent("unpacked", HAS_TMP)]
     tree = layers.tree([("tmp/x", b""), ("other/x", b"")])
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     inherited_attributes(tree, parents)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     tree.close()

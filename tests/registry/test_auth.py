@@ -142,7 +142,7 @@ def test_many_tasks_wait_for_one_token(start: StartRegistry) -> None:
 def test_a_cancelled_token_fetch_is_taken_over_by_a_waiter(start: StartRegistry) -> None:
     registry = start(auth=Bearer())
     image = put_image(registry)
-    registry.fault(Stall(path="/token", seconds=0.5))
+    registry.fault(Stall(path="/token"))
 
     async def work(client: RegistryClient) -> bytes:
         async with trio.open_nursery() as nursery:
@@ -153,8 +153,8 @@ def test_a_cancelled_token_fetch_is_taken_over_by_a_waiter(start: StartRegistry)
                     await pull(client, registry, image)
 
             nursery.start_soon(led)
-            # The token server stalls for half a second: both are waiting for it by now.
-            await trio.sleep(0.1)
+            while registry.count(server="token") == 0:
+                await trio.sleep(0.01)
             nursery.start_soon(pull, client, registry, image)
             await trio.sleep(0.1)
             assert registry.count(server="token") == 1
@@ -168,7 +168,7 @@ def test_a_cancelled_token_fetch_is_taken_over_by_a_waiter(start: StartRegistry)
 def test_a_failed_token_fetch_fails_every_waiter_once(start: StartRegistry) -> None:
     registry = start(auth=Bearer())
     image = put_image(registry)
-    registry.fault(Stall(path="/token", seconds=1.0))
+    registry.fault(Stall(path="/token", seconds=1.5))  # time for all to come
     wrong = StaticKeychain({registry.host: Credentials("reader", "wrong-pass")})
     registry.auth.secrets.append("wrong-pass")
     errors = []
@@ -190,13 +190,13 @@ def test_a_failed_token_fetch_fails_every_waiter_once(start: StartRegistry) -> N
 
 
 def test_a_token_is_replaced_shortly_before_it_expires(start: StartRegistry) -> None:
-    registry = start(auth=Bearer(ttl=1.0))
+    registry = start(auth=Bearer(ttl=3.0))
     image = put_image(registry)
 
     async def work(client: RegistryClient) -> None:
         await pull(client, registry, image)
         # A tenth of its life early: the server itself would still take it.
-        await trio.sleep(0.93)
+        await trio.sleep(2.79)
         await pull(client, registry, image)
 
     run(registry, work)

@@ -31,10 +31,10 @@ def entry(username: str, secret: str) -> dict[str, str]:
     return {"auth": base64.b64encode(f"{username}:{secret}".encode()).decode()}
 
 
-def write(path: Path, config: object) -> DockerConfigKeychain:
+def write(path: Path, config: object, helper_timeout: float = 60.0) -> DockerConfigKeychain:
     path.parent.mkdir(exist_ok=True)
     path.write_text(config if isinstance(config, str) else json.dumps(config))
-    return DockerConfigKeychain(path, helper_timeout=1.0)
+    return DockerConfigKeychain(path, helper_timeout=helper_timeout)
 
 
 @pytest.fixture
@@ -228,10 +228,10 @@ def test_a_helper_that_hangs_is_ended_with_its_children(
     helper("hanging", f"trap '' TERM; sleep 60 & echo $! > {tmp_path}/child; wait")
     started = time.monotonic()
     with pytest.raises(
-        AuthenticationFailed, match=r"docker-credential-hanging: no answer for r\.example within 1 s"
+        AuthenticationFailed, match=r"docker-credential-hanging: no answer for r\.example within 2 s"
     ):
-        lookup(write(docker_config, {"credsStore": "hanging"}), "r.example")
+        lookup(write(docker_config, {"credsStore": "hanging"}, helper_timeout=2.0), "r.example")
     assert time.monotonic() - started < 30
     child = int((tmp_path / "child").read_text())
     # Adopted by init, which may take a moment to reap it; the kernel too takes one on a busy machine.
-    wait_until(lambda: not is_alive(child), timeout=20, what="end of the helper's child")
+    wait_until(lambda: not is_alive(child), timeout=60, what="end of the helper's child")

@@ -94,7 +94,7 @@ def run(path: Path | None, work: Callable[[KubeKeychain], Awaitable[None]]) -> N
         keychain = KubeKeychain(path)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keychain.run)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await work(keychain)
             nursery.cancel_scope.cancel()
 

@@ -20,7 +20,7 @@ from snapshotter.registry.tls import system_reason
 from tests.registry.conftest import StartRegistry
 from tests.support.registry_clients import failure, ranges_for, run
 
-SHORT = Timeouts(connect=0.2, read=5.0, total=10.0)
+SHORT = Timeouts(connect=0.2, read=60.0, total=120.0)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_handshake_without_an_answer_is_a_timeout_of_the_api(mute: str) -> Non
     started = time.monotonic()
     with pytest.raises(RegistryTimeout, match=f"manifest v1 of {mute}/app: too slow connecting to {mute}"):
         trio.run(main)
-    assert time.monotonic() - started < 4.5, "not the time of a read"
+    assert time.monotonic() - started < 30, "not the time of a read"
 
 
 def test_a_handshake_without_an_answer_is_a_timeout_of_a_range(mute: str) -> None:
@@ -59,7 +59,7 @@ def test_a_handshake_without_an_answer_is_a_timeout_of_a_range(mute: str) -> Non
     started = time.monotonic()
     with pytest.raises(RegistryTimeout, match=f"bytes .* of a blob: too slow talking to {mute}"):
         client.read(BlobSource(f"https://{mute}/x?sig=1", {}, mute), 0, 10)
-    assert time.monotonic() - started < 4.5, "not the time of a read"
+    assert time.monotonic() - started < 30, "not the time of a read"
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ async def _take_down(kept: Kept) -> None:
         await kept.until_gone(snapshot_id)
 
 
-async def shell(command: str, seconds: float = 30) -> str:
+async def shell(command: str, seconds: float = 60) -> str:
     """Return what a shell command prints; raises CalledProcessError when it fails."""
     with trio.fail_after(seconds):
         result = await trio.run_process(["sh", "-c", command], capture_stdout=True, capture_stderr=True)

@@ -10,6 +10,7 @@ Concurrency: one thread drives a `Service`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -58,6 +59,12 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(min(10_000, lowest - 1000), lowest)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def open_descriptors() -> int:
+    """Return how many descriptors this process has, without what earlier tests have left for the garbage collector."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def accepts_connections(path: Path) -> bool:

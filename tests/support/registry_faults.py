@@ -11,6 +11,8 @@ server; `/storage/<digest>` at the storage that presigned URLs point to.
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -72,10 +74,22 @@ class Truncate(Fault):
 
 @dataclass(kw_only=True)
 class Stall(Fault):
-    """Says nothing for `seconds` (or until the registry closes): before the header, or after `after` bytes of body."""
+    """Says nothing for `seconds`, or until `release` or the registry's end: before the header, or after `after` bytes."""
 
     seconds: float = 60.0
     after: int | None = None
+    _released: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Let those go on that are held up, and those that will be."""
+        self._released.set()
+
+    def wait(self, closing: threading.Event) -> None:
+        """Be silent. For the server, which is `closing` in the end."""
+        until = time.monotonic() + self.seconds
+        while not closing.is_set() and (left := until - time.monotonic()) > 0:
+            if self._released.wait(min(left, 0.02)):
+                return
 
 
 @dataclass(kw_only=True)

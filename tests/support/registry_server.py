@@ -230,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if isinstance(fault, Stall) and fault.after is None:
-            self.server.closing.wait(fault.seconds)
+            fault.wait(self.server.closing)
         reply = scripted(request, fault) or self.server.application(request, fault)
         self._send(request, reply, fault)
 
@@ -264,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 assert isinstance(fault, Stall)
-                self.server.closing.wait(fault.seconds)
+                fault.wait(self.server.closing)
                 stop = len(body)
             end = min(position + piece, len(body), stop)
             # Counted before it is sent: a client that has the bytes may look at the record at once.
