@@ -13,13 +13,18 @@ import pytest
 
 from tests.support.images import Entry, Image, ImageBuilder, directory, hardlink, symlink
 from tests.support.lazysystem import LazySystem, lazy_system
+from tests.support.registry import FlipByte, Registry
 
 BIG = random.Random(1).randbytes(3 << 20)
 
 
 def system_with(place: Path, **parallel: object) -> Any:
     where = {"containerd_address": str(place / "c" / "c.sock")}
-    return lazy_system(place, {"content_store": where, "pull_modes": {"parallel_pull_unpack": parallel}})
+    hosts = {"config_path": str(place / "hosts")}
+    return lazy_system(
+        place,
+        {"content_store": where, "resolver": hosts, "pull_modes": {"parallel_pull_unpack": parallel}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,30 @@ def test_an_image_without_an_index(system: LazySystem, module_workdir: Path) -> 
     system.containerd.ctr("images", "rm", "--sync", reference)
     assert content(system) == set()
     assert system.containerd.ctr("leases", "ls", "--quiet") == ""
+
+
+def test_a_layer_that_a_mirror_damages_comes_from_the_registry(
+    system: LazySystem, module_workdir: Path
+) -> None:
+    """containerd refuses the whole blob at its end; the second one is a write of its own."""
+    image = ImageBuilder(module_workdir / "lied").layer({"big": BIG[::-1]}).build()
+    reference = system.registry.push(image, "lied")
+    with Registry() as mirror:
+        blob = image.layers[0].content
+        mirror.add_blob(blob, repository="lied")
+        lie = mirror.fault(FlipByte(path=image.layers[0].digest, at=50, count=-1))
+        hosts = module_workdir / "hosts" / system.registry.name / "hosts.toml"
+        hosts.parent.mkdir(parents=True)
+        hosts.write_text(f'[host."http://{mirror.host}"]\ncapabilities = ["pull"]\n')
+        mark = len(system.records("image layer prepared"))
+        system.pull(reference)
+        hosts.unlink()
+        assert lie.hits
+        assert prepared(system, mark) == ["true"]
+    assert "lied" in [record["outcome"] for record in system.records("a mirror is passed over")]
+    assert content(system) >= {image.layers[0].digest}
+    system.containerd.ctr("images", "rm", "--sync", reference)
+    assert content(system) == set()
 
 
 def test_containerd_s_own_client(system: LazySystem, module_workdir: Path) -> None:
