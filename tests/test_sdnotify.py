@@ -24,7 +24,7 @@ class Manager:
         self.address = address
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(address.replace("@", "\0", 1))
-        self.socket.settimeout(5)
+        self.socket.settimeout(60)
 
     def receive(self) -> tuple[list[str], list[int]]:
         """Return the lines of one message, and the descriptors with it, which the caller must close."""

@@ -68,7 +68,7 @@ class HolderUnit:
         self._socket.bind(str(self._notify))
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self._ready.wait(20), "the holder did not start"
+        assert self._ready.wait(60), "the holder did not start"
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -264,7 +264,7 @@ class Chaos:
     def _check_nothing_is_left(self) -> None:
         try:
             wait_until(
-                lambda: self._rig.status().get("mounts") == [], timeout=20, what="no lazy mount is left"
+                lambda: self._rig.status().get("mounts") == [], timeout=60, what="no lazy mount is left"
             )
         except AssertionError as error:
             self._fail(str(error))

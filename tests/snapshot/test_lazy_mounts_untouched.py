@@ -44,7 +44,7 @@ def in_time(layers: StuckLayers, call: Callable[[], object]) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     stuck = thread.is_alive()
     if stuck:
         layers.unstick()

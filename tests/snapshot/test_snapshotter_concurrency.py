@@ -31,7 +31,7 @@ class Together(DirectoryLayers):
         self._all_here = threading.Barrier(THREADS)
 
     def provide(self, request: LayerRequest) -> Provided:
-        self._all_here.wait(timeout=30)
+        self._all_here.wait(timeout=60)
         return super().provide(request)
 
 
@@ -131,13 +131,13 @@ def test_a_slow_layer_holds_nobody_up(workdir: Path) -> None:
     class Slow(NoLayers):
         def provide(self, request: LayerRequest) -> Provided:
             asked.set()
-            assert answer.wait(timeout=30)
+            assert answer.wait(timeout=60)
             return Deferred("no-index")
 
     sn = start(workdir, Slow())
     thread = threading.Thread(target=pull, args=(sn, "slow"))
     thread.start()
-    assert asked.wait(timeout=30)
+    assert asked.wait(timeout=60)
     sn.prepare("quick")
     sn.commit("name", "quick")
     assert [info.name for info in sn.walk()] == ["name"]
@@ -146,7 +146,7 @@ def test_a_slow_layer_holds_nobody_up(workdir: Path) -> None:
     sn.cleanup()
     assert thread.is_alive()
     answer.set()
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     assert sn.stat("slow").kind == Kind.ACTIVE
     sn.close()
 

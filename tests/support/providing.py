@@ -118,7 +118,7 @@ class Providing:
         """Take a snapshot's directory away, as Cleanup does."""
         return await trio.to_thread.run_sync(self.provider.release, snapshot_id, self.directory(snapshot_id))
 
-    async def read(self, snapshot_id: int, name: str, seconds: float = 30) -> bytes:
+    async def read(self, snapshot_id: int, name: str, seconds: float = 60) -> bytes:
         """Return a file's content; raises CalledProcessError when it cannot be read."""
         with trio.fail_after(seconds):
             result = await trio.run_process(
@@ -149,7 +149,7 @@ def providing(
 
     async def main() -> None:
         async with provider_on(root, registry, options or Options()) as rig:
-            with trio.fail_after(90):
+            with trio.fail_after(180):
                 await test(rig)
 
     trio.run(main)
@@ -174,7 +174,7 @@ async def provider_on(root: Path, registry: Registry, options: Options) -> Async
             try:
                 yield rig
             finally:
-                with trio.CancelScope(shield=True), trio.move_on_after(20):
+                with trio.CancelScope(shield=True), trio.move_on_after(60):
                     await (_settle if options.leave else _take_down)(rig.keeper)
     finally:
         for mountpoint in keepers[0].mounts.values():
