@@ -32,6 +32,9 @@ _PATIENCE_S = 1.0
 
 _LAST_WAIT_S = 10.0
 
+_END_PATIENCE_S = 5.0
+"""The same for a daemon that is stopped: with what the last calls are given, less than the unit's TimeoutStopSec."""
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -69,7 +72,7 @@ def end(fd: int) -> None:
     status: no `Popen` may be waited for after this.
     """
     os.close(fd)
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _END_PATIENCE_S
     with suppress(ChildProcessError):
         while time.monotonic() < deadline:
             pid, _ = os.waitpid(-1, os.WNOHANG)

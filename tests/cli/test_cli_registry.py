@@ -198,8 +198,8 @@ def test_a_layer_whose_upload_breaks_is_read_again_from_there(soci: Soci, after:
         data = layer({"a": os.urandom(6 << 20)}, level=0).content
         assert isinstance(data, bytes)
         image = here.add_image([data])
-        # The first PUT is that of the config blob.
-        broken = there.fault(LoseReply(method="PUT", path="/blobs/uploads", skip=1, after=after))
+        # That of the layer; the small blobs travel beside it.
+        broken = there.fault(LoseReply(method="PUT", path="/blobs/uploads", least=1 << 20, after=after))
         soci("convert", *REMOTE, image.name, there.reference("copy", "v2"))
         assert broken.hits == 1
         assert there.blob(image.layers[0].digest) == data
@@ -225,7 +225,7 @@ def test_an_upload_that_is_refused_ends_the_command(soci: Soci) -> None:
         data = layer({"a": os.urandom(2 << 20)}, level=0).content
         assert isinstance(data, bytes)
         image = here.add_image([data])
-        there.fault(Status(method="PUT", path="/blobs/uploads", status=413, skip=1, count=-1))
+        there.fault(Status(method="PUT", path="/blobs/uploads", least=1 << 20, status=413, count=-1))
         error = soci.fails("convert", *REMOTE, image.name, there.reference("copy", "v2"))
         assert f"upload of blob {image.layers[0].digest}" in error
         assert "413" in error

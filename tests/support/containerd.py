@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from tests.support import host, toolbox
 from tests.support.process import Service, accepts_connections, to_toml
 
@@ -223,9 +225,19 @@ class Containerd:
         if not accepts_connections(self.address):
             return False
         result = subprocess.run(
-            ["ctr", "--address", str(self.address), "version"], capture_output=True, timeout=20, check=False
+            ["ctr", "--address", str(self.address), "version"], capture_output=True, timeout=60, check=False
         )
-        return result.returncode == 0
+        return result.returncode == 0 and (self._cri is None or self._answers_kubelet())
+
+    def _answers_kubelet(self) -> bool:
+        """Tell whether the CRI plugin is initialized, which is some time after the other services answer."""
+        with grpc.insecure_channel(f"unix://{self.address}") as channel:
+            call: Any = channel.unary_unary("/runtime.v1.ImageService/ListImages")
+            try:
+                call(b"", timeout=60)
+            except grpc.RpcError:
+                return False
+        return True
 
     def _settings(self) -> dict[str, Any]:
         state = self.directory / "state"

@@ -1,8 +1,9 @@
 """Things that can go wrong at a registry, one class each; `Registry.fault` arms them.
 
-Every fault has the same first four fields: `path` is a regular expression searched in the request's path
+Every fault has the same first fields: `path` is a regular expression searched in the request's path
 (without its query), `method` restricts it to one method, `skip` lets that many matching requests pass first,
-and `count` is how many requests it then breaks (-1: all). `hits` says how many it has broken.
+and `count` is how many requests it then breaks (-1: all). `least` passes over requests whose body has fewer bytes.
+`hits` says how many it has broken.
 
 The paths: `/v2/<repository>/manifests/…`, `/blobs/…`, `/referrers/…` at the registry; `/token` at the token
 server; `/storage/<digest>` at the storage that presigned URLs point to.
@@ -25,11 +26,17 @@ class Fault:
     method: str = ""
     skip: int = 0
     count: int = 1
+    least: int = 0
     hits: int = field(default=0, init=False)
 
-    def take(self, method: str, path: str) -> bool:
-        """Say whether this request is to be broken, and count it. The caller holds the registry's lock."""
+    def take(self, method: str, path: str, size: int) -> bool:
+        """Say whether this request, whose body has `size` bytes, is to be broken, and count it.
+
+        The caller holds the registry's lock.
+        """
         if self.method not in {"", method} or re.search(self.path, path) is None or self.hits == self.count:
+            return False
+        if size < self.least:
             return False
         if self.skip > 0:
             self.skip -= 1

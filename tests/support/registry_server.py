@@ -139,7 +139,8 @@ class HttpServer(ThreadingHTTPServer):
         """Record `request` and return the fault that hits it, if any."""
         with self.lock:
             self.records.append(request)
-            return next((fault for fault in self.faults if fault.take(request.method, request.path)), None)
+            size = len(request.body)
+            return next((one for one in self.faults if one.take(request.method, request.path, size)), None)
 
     def close(self) -> None:
         """Stop at once, in the middle of whatever is being sent."""
