@@ -21,7 +21,7 @@ from tests.support.registry import Registry
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.001, max_wait=0.05, jitter=0.0)
 ONCE = RetryPolicy(attempts=1)
-IMPATIENT = Timeouts(connect=1.0, read=0.3, total=5.0)
+IMPATIENT = Timeouts(connect=2.0, read=0.8, total=20.0)
 """For tests in which the server says nothing: a wait that fails quickly."""
 PATIENT = Timeouts(connect=5.0, read=10.0, total=30.0)
 
