@@ -266,6 +266,7 @@ class App:
             idle_timeout=fuse.idle_timeout_sec,
             read_budget=fuse.read_budget_sec,
             read_ahead_kb=fuse.read_ahead_kb,
+            getxattr_unsupported=fuse.getxattr_unsupported,
             on_gone=self._note_gone,
             mend=lambda spec: self._provider.mend(spec),  # noqa: PLW0108 - the provider is made after
         )

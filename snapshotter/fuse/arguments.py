@@ -14,6 +14,8 @@ class ServeArguments:
     init: str
     idle_timeout: float
     read_budget: float
+    getxattr_unsupported: bool
+    """Whether a layer without extended attributes says so to the first question, and is not asked again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the arguments as the zygote's message carries them."""

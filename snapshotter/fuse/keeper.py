@@ -90,6 +90,7 @@ class Keeper:
         idle_timeout: float,
         read_budget: float,
         read_ahead_kb: int,
+        getxattr_unsupported: bool = True,
         on_gone: Callable[[MountSpec, Mapping[str, int]], None],
         mend: Mend | None = None,
     ) -> None:
@@ -99,6 +100,7 @@ class Keeper:
         self._idle_timeout = idle_timeout
         self._read_budget = read_budget
         self._read_ahead_kb = read_ahead_kb
+        self._getxattr_unsupported = getxattr_unsupported
         self._on_gone = on_gone
         self._mend = mend
         self._mounts: dict[int, Mountpoint] = {}
@@ -345,6 +347,7 @@ class Keeper:
                 init=mountpoint.init.to_text(),
                 idle_timeout=self._idle_timeout,
                 read_budget=self._read_budget,
+                getxattr_unsupported=self._getxattr_unsupported,
             )
             uid = SERVER_UID_BASE + spec.snapshot_id % SERVER_UIDS
             return await self._forker.fork("serve", uid=uid, arguments=arguments.to_json(), fds=fds)

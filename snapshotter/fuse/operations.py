@@ -107,7 +107,13 @@ class LayerOperations(pyfuse3.Operations):
     enable_acl = False
 
     def __init__(
-        self, tree: Tree, contents: Contents, counters: CounterPage, relay: Relay | None = None
+        self,
+        tree: Tree,
+        contents: Contents,
+        counters: CounterPage,
+        relay: Relay | None = None,
+        *,
+        getxattr_unsupported: bool = True,
     ) -> None:
         super().__init__()
         self.counters = counters
@@ -124,7 +130,9 @@ class LayerOperations(pyfuse3.Operations):
         self._tree = tree
         self._contents = contents
         self._read_bytes = counters.index("read_bytes")
-        self._no_getxattr = not tree.flags & (TreeFlags.HAS_XATTRS | TreeFlags.HAS_OPAQUE)
+        self._no_getxattr = getxattr_unsupported and not tree.flags & (
+            TreeFlags.HAS_XATTRS | TreeFlags.HAS_OPAQUE
+        )
 
     def _failure(self, kind: str, error: Exception) -> pyfuse3.FUSEError:
         """Count and log what a handler raised; return what its reader gets."""
@@ -225,7 +233,7 @@ class LayerOperations(pyfuse3.Operations):
 
     @_counted_at_once("getxattr")
     def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """Return an extended attribute. A layer that has none says ENOSYS, and is never asked again."""
+        """Return an extended attribute. A layer that has none says ENOSYS, if it may, and is never asked again."""
         if self._no_getxattr:
             raise pyfuse3.FUSEError(errno.ENOSYS)
         value = self._tree.xattr(inode, name)

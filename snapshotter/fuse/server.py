@@ -76,7 +76,13 @@ def serve(arguments: Mapping[str, Any], fds: Mapping[str, int]) -> None:
         on_lost=functools.partial(_ask_for_fetcher, control),
     )
     relay = Relay(Journal(fds["journal"]), page) if "journal" in fds else None
-    operations = LayerOperations(tree, Contents(tree, fds["data"], view, link, page), page, relay)
+    operations = LayerOperations(
+        tree,
+        Contents(tree, fds["data"], view, link, page),
+        page,
+        relay,
+        getxattr_unsupported=told.getxattr_unsupported,
+    )
     fuse = os.dup(fds["fuse"])
     adoption.adopt(operations, fds["fuse"], kernel.Init.from_text(told.init), relay)
     trio.run(functools.partial(_main, told, operations, link, page, control, fuse, fds))

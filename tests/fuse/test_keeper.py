@@ -169,6 +169,22 @@ def test_a_cached_layer_is_not_asked(workdir: Path, layer: LazyLayer) -> None:
     trio.run(main)
 
 
+def test_an_attribute_that_is_not_there_is_no_error_where_that_is_wanted(
+    workdir: Path, layer: LazyLayer
+) -> None:
+    get = "import os,sys\ntry: print(os.getxattr(sys.argv[1], 'user.k'))\nexcept OSError as e: print(e.errno)"
+
+    async def main() -> None:
+        async with keeping(workdir, getxattr_unsupported=False) as kept:
+            target = workdir / "m"
+            await kept.keeper.mount(layer.spec(1, target))
+            for _round in range(2):
+                assert await shell(f'python3 -c "{get}" {target}/d/f00') == "61\n"  # ENODATA
+            assert kept.keeper.counters(1)["requests_getxattr"] == 2
+
+    trio.run(main)
+
+
 def test_getxattr_is_asked_once_where_there_are_none(
     workdir: Path, layer: LazyLayer, labelled: LazyLayer
 ) -> None:

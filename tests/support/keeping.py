@@ -57,6 +57,7 @@ async def keeping(
     read_budget: float = 10.0,
     mend: Mend | None = None,
     leave: bool = False,
+    getxattr_unsupported: bool = True,
 ) -> AsyncIterator[Kept]:
     """Run a keeper below `root`; at the end every mount is taken down and the holder ended.
 
@@ -73,6 +74,7 @@ async def keeping(
         idle_timeout=idle_timeout,
         read_budget=read_budget,
         read_ahead_kb=128,
+        getxattr_unsupported=getxattr_unsupported,
         on_gone=lambda spec, _counters: gone.append(spec),
         mend=mend,
     )

@@ -42,6 +42,12 @@ class FuseConfig:
     read_ahead_kb: int = value(
         512, "The kernel's readahead on a lazy mount.", unit="KiB", minimum=0, maximum=65536
     )
+    getxattr_unsupported: bool = value(
+        True,
+        "Have the kernel ask layers without extended attributes for one only once, by answering that they are not"
+        " supported; otherwise at each lookup. false where containers are committed (docker, nerdctl): that compares"
+        " attributes, and takes the answer for an error.",
+    )
     read_budget_sec: float = value(
         60.0,
         "Longest time one read may wait for the registry; then it fails with EIO and the next one tries afresh.",
