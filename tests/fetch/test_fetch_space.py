@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from snapshotter.fetch import eviction
 from snapshotter.layer.spans import SpanState
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Layer, Rig, Server, make_layer
+from tests.support.process import wait_until
 from tests.support.registry import Registry
 
 KIB = 1 << 10
@@ -37,7 +39,12 @@ def small_disk(workdir: Path) -> Iterator[Path]:
     place.mkdir()
     subprocess.run(["mount", "-o", "loop", image, place], check=True)
     yield place
-    subprocess.run(["umount", place], check=True)
+
+    def is_off() -> bool:
+        gc.collect()  # what is open below it may be garbage; a worker of the fetcher may still be writing
+        return subprocess.run(["umount", place], check=False).returncode == 0
+
+    wait_until(is_off, timeout=60, what="nobody uses the small disk")
 
 
 def fixed(*layers: Layer) -> int:
