@@ -306,9 +306,8 @@ class Keeper:
                 os.close(child.pidfd)
         mountpoint.is_damaged = mountpoint.adoptions == adoptions
         lived = trio.current_time() - started
-        is_short = (
-            lived < _SHORT_LIFE_S or mountpoint.is_damaged
-        )  # on a busy host a crash takes its time, too
+        # One that never adopted has crashed, however long a busy host took over it.
+        is_short = lived < _SHORT_LIFE_S or mountpoint.is_damaged
         mountpoint.short_lives = mountpoint.short_lives + 1 if is_short else 0
 
     async def _listen(self, mountpoint: Mountpoint, control: socket.socket) -> None:
