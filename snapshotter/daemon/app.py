@@ -1,6 +1,6 @@
 """The composition root: makes every part, hands each what it needs, and runs them in order.
 
-    root lock -> former generation gone -> holder -> zygote, fetcher, keeper
+    root lock, former generation gone, zygote started (daemon/beginning.py) -> holder -> fetcher, keeper
       -> mounts restored (no network) -> /metrics, status -> gRPC (who sees it may ask for those) -> ready, watchdog
       -> start-up test, which the first pull waits for
 
@@ -44,6 +44,7 @@ from snapshotter.daemon import (
     web,
 )
 from snapshotter.daemon.artifacts import ArtifactLimits, LayerArtifacts
+from snapshotter.daemon.beginning import EMPTY_ROOT, HOLDER_SOCKET, Beginning
 from snapshotter.daemon.catalog import Catalog
 from snapshotter.daemon.config import Config, Settings
 from snapshotter.daemon.credentials import Credentials, configured_hosts, registry_numbers
@@ -72,13 +73,10 @@ from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.retry import RetryPolicy, Timeouts
 from snapshotter.sdnotify import Notifier, watchdog_interval
 from snapshotter.snapshot.directories import metadata_path
-from snapshotter.snapshot.lock import RootLock
 from snapshotter.snapshot.snapshotter import Snapshotter
 from snapshotter.snapshot.store import SnapshotStore
 
 _log = logging.getLogger(__name__)
-
-HOLDER_SOCKET = "holder.sock"
 
 _GRPC_SOCKET = "grpc.sock"
 """In the root: where gRPC listens when systemd has the socket that containerd knows."""
@@ -103,9 +101,11 @@ _MAX_RETEST_S = 300.0
 class App:
     """The daemon on one root."""
 
-    def __init__(self, settings: Settings, config: Config) -> None:
+    def __init__(self, settings: Settings, config: Config, beginning: Beginning) -> None:
         self._settings = settings
         self._config = config
+        self._lock = beginning.generation
+        self._zygote = beginning.zygote
         self._root = root = settings.root
         self._address = settings.address.path or root / _GRPC_SOCKET
         self._log_level = settings.log_level or config.log_level
@@ -128,11 +128,7 @@ class App:
         if self._settings.address.is_inherited:
             self._inherited = inherited.take_listener()
         with ExitStack() as cleanup:
-            cleanup.enter_context(RootLock(self._root))
-            self._root.chmod(0o700)
             make_way(str(self._address), "--address")
-            lock = await trio.to_thread.run_sync(generation.begin, self._root / "generation")
-            cleanup.callback(generation.end, lock)
             holder = HolderClient(str(self._root / HOLDER_SOCKET))
             await trio.to_thread.run_sync(holder.connect)
             cleanup.callback(holder.close)
@@ -142,12 +138,12 @@ class App:
                 timeouts=self._timeouts(),
                 retry=self._retry(),
             ) as client:
-                await self._run(client, holder, lock, cleanup)
+                await self._run(client, holder, cleanup)
 
-    async def _run(self, client: RegistryClient, holder: HolderClient, lock: int, cleanup: ExitStack) -> None:
+    async def _run(self, client: RegistryClient, holder: HolderClient, cleanup: ExitStack) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
-                await self._start(client, holder, lock, cleanup, nursery)
+                await self._start(client, holder, cleanup, nursery)
                 async for number in signals:
                     if number == signal.SIGHUP:
                         await self._reload()
@@ -165,18 +161,22 @@ class App:
         self,
         client: RegistryClient,
         holder: HolderClient,
-        lock: int,
         cleanup: ExitStack,
         nursery: trio.Nursery,
     ) -> None:
         """Make the parts and run them, in the order of the module's docstring."""
         root = self._root
-        forker = Forker(str(root / "empty"), inherited_fds=[lock], log_level=self._log_level)
+        forker = Forker(
+            str(root / EMPTY_ROOT),
+            inherited_fds=[self._lock],
+            log_level=self._log_level,
+            first=self._zygote,
+        )
         sources = BlobSources(client, self._phases)
         store = SnapshotStore(metadata_path(root))
-        self._fetcher = self._make_fetcher(sources, lock, store)
+        self._fetcher = self._make_fetcher(sources, store)
         self._keeper = self._make_keeper(holder, forker)
-        self._provider = self._make_provider(client, sources, forker, store, nursery, lock)
+        self._provider = self._make_provider(client, sources, forker, store, nursery)
         self._numbers = Numbers(
             keeper=self._keeper,
             fetcher=self._fetcher,
@@ -247,14 +247,14 @@ class App:
         if waiting := sorted(changed - reloading.LIVE):
             _log.warning("these keys take a restart, which disturbs no container", extra={"keys": waiting})
 
-    def _make_fetcher(self, sources: BlobSources, lock: int, store: SnapshotStore) -> FetcherProcess:
+    def _make_fetcher(self, sources: BlobSources, store: SnapshotStore) -> FetcherProcess:
         return FetcherProcess(
             self._root,
             options=self._fetcher_options(),
             source_of=sources.answer,
             on_restart=lambda: self._keeper.fetcher_changed(),  # noqa: PLW0108 - the keeper is made after
             on_complete=partial(diffids.note_complete, store),
-            inherited_fds=[lock],
+            inherited_fds=[self._lock],
         )
 
     def _make_keeper(self, holder: HolderClient, forker: Forker) -> Keeper:
@@ -278,7 +278,6 @@ class App:
         forker: Forker,
         store: SnapshotStore,
         nursery: trio.Nursery,
-        lock: int,
     ) -> Provider:
         config, root = self._config, self._root
         layers = LayerStore(root, tidy=True)
@@ -288,7 +287,9 @@ class App:
             config.layer.compile_memory_max_bytes, config.layer.compile_timeout_sec, config.prefetch.enable
         )
         pulls = settings_of(config, self._retry(), self._timeouts())
-        unpacker = Unpacker(root, client, limits=pulls.limits, inherited_fds=[lock], programs=pulls.programs)
+        unpacker = Unpacker(
+            root, client, limits=pulls.limits, inherited_fds=[self._lock], programs=pulls.programs
+        )
         return Provider(
             self._provider_settings(),
             root=root,

@@ -22,17 +22,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-
-import trio
+from contextlib import ExitStack
 
 from snapshotter import logs, reports
-from snapshotter.daemon import status
-from snapshotter.daemon.app import HOLDER_SOCKET, App
-from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Settings, build_parser, run_config_command
-from snapshotter.daemon.install import install_check
-from snapshotter.daemon.unmounting import unmount_all
+from snapshotter.daemon.beginning import HOLDER_SOCKET, Beginning, begin
+from snapshotter.daemon.config import ACTIONS, EXIT_CONFIG, Config, Settings, build_parser, run_config_command
 from snapshotter.errors import ConfigError, SnapshotterError
-from snapshotter.fuse import holder
 from snapshotter.heap import use_one_heap
 from snapshotter.sdnotify import Notifier
 
@@ -78,20 +73,26 @@ def _parser() -> argparse.ArgumentParser:
 def _run(settings: Settings) -> int:
     match settings.namespace.command:
         case "status":
+            from snapshotter.daemon import status
+
             report = reports.ask(settings.root, reports.STATUS)
             print(json.dumps(report) if settings.namespace.json else status.render(report))
         case "config":
             path = settings.config_path if settings.is_config_explicit else None
             return run_config_command(settings.namespace.action, path)
         case "install-check":
+            from snapshotter.daemon.install import install_check
+
             return install_check(settings, as_object=settings.namespace.json)
         case "unmount":
+            from snapshotter.daemon.unmounting import unmount_all
+
             count = unmount_all(settings.root, settings.root / HOLDER_SOCKET, force=settings.namespace.force)
             print(f"{count} lazy mounts taken away")
         case "holder":
             settings.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # In a fresh interpreter of the same pid: this one has gRPC and all else in it, four times what a holder needs.
-            program = [sys.executable, "-m", holder.__name__, str(settings.root / HOLDER_SOCKET)]
+            # In a fresh interpreter of the same pid: a holder needs next to nothing of what this one has read to get here.
+            program = [sys.executable, "-m", "snapshotter.fuse.holder", str(settings.root / HOLDER_SOCKET)]
             os.execv(program[0], program)  # noqa: S606 - no shell is wanted
         case _:
             _daemon(settings)
@@ -106,8 +107,18 @@ def _daemon(settings: Settings) -> None:
     faulthandler.enable()  # the watchdog ends a stuck daemon by SIGABRT: then the journal says where it hung
     for warning in loaded.warnings:
         _log.warning("configuration", extra={"warning": warning})
+    with ExitStack() as cleanup:
+        beginning = begin(settings.root, settings.log_level or config.log_level, cleanup)
+        _run_app(settings, config, beginning)
+
+
+def _run_app(settings: Settings, config: Config, beginning: Beginning) -> None:
+    import trio
+
+    from snapshotter.daemon.app import App
+
     try:
-        trio.run(App(settings, config).run)
+        trio.run(App(settings, config, beginning).run)
     except BaseExceptionGroup as group:
         known = _known_cause(group)
         if known is None:

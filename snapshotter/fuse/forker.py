@@ -13,8 +13,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -22,8 +20,8 @@ from typing import Any, NamedTuple
 import trio
 
 from snapshotter import messages
-from snapshotter.environment import child_environment
 from snapshotter.errors import ProcessFailed
+from snapshotter.fuse.spawning import Zygote, spawn
 
 _log = logging.getLogger(__name__)
 
@@ -45,16 +43,21 @@ class Child(NamedTuple):
 
 
 class Forker:
-    """Forks children through a zygote that it keeps alive."""
+    """Forks children through a zygote that it keeps alive; `first` is one that has been started already."""
 
     def __init__(
-        self, empty_root: str, *, inherited_fds: Sequence[int] = (), log_level: str = "info"
+        self,
+        empty_root: str,
+        *,
+        inherited_fds: Sequence[int] = (),
+        log_level: str = "info",
+        first: Zygote | None = None,
     ) -> None:
         self._empty_root = empty_root
         self._inherited = tuple(inherited_fds)
         self._log_level = log_level
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._first = first
+        self._zygote: Zygote | None = None
         self._up = trio.Event()
         self._sending = trio.Lock()
         self._ids = itertools.count(1)
@@ -63,7 +66,7 @@ class Forker:
     @property
     def pid(self) -> int | None:
         """The zygote's pid, None while there is none."""
-        return self._process.pid if self._process is not None else None
+        return self._zygote.process.pid if self._zygote is not None else None
 
     async def run(self) -> None:
         """Keep a zygote running and pass its answers on, until cancelled; then it ends, its children do not."""
@@ -73,11 +76,11 @@ class Forker:
                 started = trio.current_time()
                 why = "the zygote died"
                 try:
-                    self._start()
+                    zygote = self._start()
                 except OSError as error:
                     why = f"the zygote cannot be started: {error}"
                 else:
-                    await self._follow()
+                    await self._follow(zygote.socket)
                 self._fail_all(why)
                 _log.error("zygote ended; starting another", extra={"pid": self.pid, "reason": why})
                 await self._reap()
@@ -113,38 +116,26 @@ class Forker:
     async def _connection(self, job: str) -> socket.socket:
         """Return the socket of a running zygote; between its return and a first `await` it stays that."""
         with trio.move_on_after(_PATIENCE_S):
-            while self._socket is None:
+            while not self._up.is_set():
                 await self._up.wait()
-        if self._socket is None:
+        if self._zygote is None or not self._up.is_set():
             raise ProcessFailed(f"cannot fork {job}: no zygote within {_PATIENCE_S:.0f} s")
-        return self._socket
+        return self._zygote.socket
 
-    def _start(self) -> None:
-        """Start a zygote. Raises OSError."""
-        os.makedirs(self._empty_root, mode=0o555, exist_ok=True)
-        near, far = messages.pair()
-        command = [sys.executable, "-m", "snapshotter.fuse.zygote"]
-        with far:
-            try:
-                self._process = subprocess.Popen(
-                    [*command, str(far.fileno()), self._empty_root, self._log_level],
-                    pass_fds=[far.fileno(), *self._inherited],
-                    stdin=subprocess.DEVNULL,
-                    env=child_environment(),
-                )
-            except OSError:
-                near.close()
-                raise
-        near.setblocking(False)
-        self._socket = near
+    def _start(self) -> Zygote:
+        """Take the first zygote, or start another. Raises OSError."""
+        zygote, self._first = self._first, None
+        if zygote is None:
+            zygote = spawn(self._empty_root, self._inherited, self._log_level)
+        self._zygote = zygote
         self._up.set()
+        return zygote
 
-    async def _follow(self) -> None:
-        assert self._socket is not None
+    async def _follow(self, zygote: socket.socket) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._socket)
+            await trio.lowlevel.wait_readable(zygote)
             try:
-                received = messages.receive(self._socket)
+                received = messages.receive(zygote)
             except OSError:
                 return
             if received is None:
@@ -168,14 +159,11 @@ class Forker:
     async def _reap(self) -> None:
         if self._up.is_set():
             self._up = trio.Event()
-        if self._socket is not None:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
-            self._socket = None
-        if self._process is not None:
-            self._process.kill()
-            await trio.to_thread.run_sync(self._process.wait)
-            self._process = None
+        if self._zygote is not None:
+            trio.lowlevel.notify_closing(self._zygote.socket)
+            self._zygote.socket.close()
+            await trio.to_thread.run_sync(self._zygote.end)
+            self._zygote = None
 
 
 async def _send(sock: socket.socket, message: Mapping[str, Any], fds: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from snapshotter.errors import ProcessFailed
 from snapshotter.fuse import forker as forker_module
 from snapshotter.fuse.compiling import inherited_memfd
 from snapshotter.fuse.forker import Child, Forker
+from snapshotter.fuse.spawning import Zygote, spawn
 from tests.conftest import ExpectedLogs
 from tests.support.background import background
 from tests.support.process import is_alive, open_descriptors, wait_until
@@ -165,6 +166,21 @@ def test_a_zygote_that_dies_fails_who_waits_and_is_replaced(
     with_forker(workdir, test)
 
 
+def test_one_that_was_started_before_is_the_first(workdir: Path, expected_logs: ExpectedLogs) -> None:
+    expected_logs.allow("zygote ended")
+    first = spawn(str(workdir / "empty"), [], "error")
+
+    async def test(forker: Forker) -> None:
+        assert await running(forker) == first.process.pid
+        first.process.kill()
+        first.process.wait()
+        while await running(forker) == first.process.pid:
+            await trio.sleep(0.01)
+
+    with_forker(workdir, test, first=first)
+    first.end()  # once more, as who started it does
+
+
 def test_children_outlive_their_zygote(workdir: Path, expected_logs: ExpectedLogs) -> None:
     expected_logs.allow("zygote ended")
 
@@ -199,7 +215,7 @@ def test_a_zygote_that_cannot_live_is_an_error_not_a_hang(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, expected_logs: ExpectedLogs
 ) -> None:
     expected_logs.allow("zygote ended")
-    monkeypatch.setattr("snapshotter.fuse.forker.sys.executable", "/bin/false")
+    monkeypatch.setattr("snapshotter.fuse.spawning.sys.executable", "/bin/false")
 
     async def test(forker: Forker) -> None:
         for _ in range(2):
@@ -216,7 +232,7 @@ def test_a_zygote_that_cannot_be_started_is_an_error_not_a_hang(
     expected_logs.allow("zygote ended")
     monkeypatch.setattr(forker_module, "_PATIENCE_S", 0.5)
     if obstacle == "program":
-        monkeypatch.setattr("snapshotter.fuse.forker.sys.executable", "/nonexistent/python")
+        monkeypatch.setattr("snapshotter.fuse.spawning.sys.executable", "/nonexistent/python")
     else:
         (workdir / "empty").write_text("a file")
 
@@ -232,14 +248,14 @@ def test_it_is_not_started_again_and_again_without_pause(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, expected_logs: ExpectedLogs
 ) -> None:
     expected_logs.allow("zygote ended")
-    monkeypatch.setattr("snapshotter.fuse.forker.sys.executable", "/nonexistent/python")
+    monkeypatch.setattr("snapshotter.fuse.spawning.sys.executable", "/nonexistent/python")
     clock = trio.testing.MockClock(autojump_threshold=0.02)
     times: list[float] = []
     original = Forker._start
 
-    def start(self: Forker) -> None:
+    def start(self: Forker) -> Zygote:
         times.append(trio.current_time())
-        original(self)
+        return original(self)
 
     monkeypatch.setattr(Forker, "_start", start)
 
