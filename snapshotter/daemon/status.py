@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.selftest import SELFTEST_ID
 from snapshotter.daemon.sockets import make_way
 from snapshotter.errors import InvalidLayerFile
 from snapshotter.fuse.forker import Forker
@@ -56,6 +57,7 @@ class Status:
 
         `circuits`: `blob_hosts_away` says how many hosts of blobs are not asked at the moment, `opened` how often
         that began since the daemon's start, `registries` names the registries whose API is left alone. Sizes are bytes.
+        The start-up test's mount, which goes when the last mount namespace lets go of it, is none of a layer's.
         """
         fetched = self._fetcher.counters()
         return {
@@ -73,7 +75,9 @@ class Status:
                 "registries": sorted(self._resting()),
             },
             "cache_bytes": fetched["cache_bytes"],
-            "mounts": [_describe(each) for _id, each in sorted(self._keeper.mounts.items())],
+            "mounts": [
+                _describe(each) for id_, each in sorted(self._keeper.mounts.items()) if id_ != SELFTEST_ID
+            ],
         }
 
 

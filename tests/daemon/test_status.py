@@ -16,6 +16,7 @@ import trio
 from snapshotter import reports
 from snapshotter.daemon import status
 from snapshotter.daemon.fetching import FetcherProcess
+from snapshotter.daemon.selftest import SELFTEST_ID
 from snapshotter.daemon.status import Status
 from snapshotter.errors import ConfigError, UsageError
 from snapshotter.fuse.mountpoint import State
@@ -96,6 +97,7 @@ def test_mounts_and_roles(workdir: Path) -> None:
     async def test(kept: Kept, status_: Status) -> None:
         target = workdir / "m"
         await kept.keeper.mount(layer.spec(7, target))
+        await kept.keeper.mount(layer.spec(SELFTEST_ID, workdir / "selftest"))
         report = status_.collect()
         assert report["pids"] == {
             "daemon": os.getpid(), "holder": kept.holder.pid, "zygote": kept.forker.pid, "fetcher": None,
