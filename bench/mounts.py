@@ -21,7 +21,7 @@ from bench.contenders import Contender, Ours, Reference
 from bench.figures import Figure
 from bench.goals import goal
 from bench.site import Site
-from snapshotter.fetch.downloads import IDLE_SECONDS as TRIM_SECONDS
+from snapshotter.rest import QUIET_SECONDS
 from tests.support import host
 from tests.support.process import usage, wait_until
 
@@ -128,7 +128,7 @@ def walks(find: str, tar: str) -> dict[str, float]:
 def _memory(ours: Ours, largest: Path) -> Iterator[Figure]:
     """Yield the memory of a daemon with all layers awake, of one server that listed its layer, and of all asleep."""
     mounts = ours.daemon.status()["mounts"]
-    time.sleep(TRIM_SECONDS)  # by then the fetcher has given back what it fetched with
+    time.sleep(QUIET_SECONDS + 1)  # by then the fetcher has given back what it fetched with
     shell(f"find {largest} -printf '%s\\n' | wc -l")
     for mount in mounts:
         _look(Path(mount["target"]))

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 HOMES: dict[str, set[str]] = {
     "pyfuse3": {"fuse"},
-    "trio": {"registry", "soci", "download", "fetch", "fuse", "daemon", "cli", "nursery"},
+    "trio": {"registry", "soci", "download", "fetch", "fuse", "daemon", "cli", "nursery", "rest"},
     "httpx": {"registry"},
     "httpcore": {"registry"},
     "urllib3": {"registry"},

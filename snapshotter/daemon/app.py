@@ -58,7 +58,6 @@ from snapshotter.daemon.parallelpull import ParallelPulls, settings_of
 from snapshotter.daemon.phases import Phases
 from snapshotter.daemon.provider import Provider, ProviderSettings
 from snapshotter.daemon.reference_metrics import ReferenceCollector
-from snapshotter.daemon.rest import Rest
 from snapshotter.daemon.service import SnapshotsService
 from snapshotter.daemon.sockets import PATH_MAX, make_way
 from snapshotter.daemon.sources import BlobSources
@@ -71,6 +70,7 @@ from snapshotter.fuse.mountpoint import MountSpec
 from snapshotter.layer.store import LayerStore
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.retry import RetryPolicy, Timeouts
+from snapshotter.rest import Rest
 from snapshotter.sdnotify import Notifier, watchdog_interval
 from snapshotter.snapshot.directories import metadata_path
 from snapshotter.snapshot.snapshotter import Snapshotter
@@ -158,19 +158,12 @@ class App:
                 nursery.cancel_scope.cancel()
 
     async def _start(
-        self,
-        client: RegistryClient,
-        holder: HolderClient,
-        cleanup: ExitStack,
-        nursery: trio.Nursery,
+        self, client: RegistryClient, holder: HolderClient, cleanup: ExitStack, nursery: trio.Nursery
     ) -> None:
         """Make the parts and run them, in the order of the module's docstring."""
         root = self._root
         forker = Forker(
-            str(root / EMPTY_ROOT),
-            inherited_fds=[self._lock],
-            log_level=self._log_level,
-            first=self._zygote,
+            str(root / EMPTY_ROOT), inherited_fds=[self._lock], log_level=self._log_level, first=self._zygote
         )
         sources = BlobSources(client, self._phases)
         store = SnapshotStore(metadata_path(root))

@@ -130,6 +130,7 @@ class Background:
                 return
 
     def _hashed(self, layer: ActiveLayer, evictions: int, proof: pipeline.Proof | Exception) -> None:
+        self._context.rest.disturb()
         layer.verifying = False
         wrong = proof.wrong if isinstance(proof, pipeline.Proof) else proof
         if not layer.closed and layer.evictions == evictions:

@@ -17,6 +17,7 @@ from snapshotter.fetch.schedule import Schedule
 from snapshotter.fetch.timers import Timers
 from snapshotter.fetch.workers import WorkerPool
 from snapshotter.registry.retry import RetryPolicy
+from snapshotter.rest import Rest
 from snapshotter.units import Digest
 
 
@@ -36,6 +37,7 @@ class Context:
     link: Link
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     timers: Timers = field(default_factory=Timers)
+    rest: Rest = field(default_factory=Rest)
     schedule: Schedule = field(default_factory=Schedule)
     layers: dict[Digest, ActiveLayer] = field(default_factory=dict)
     """Open layers, in the order in which they were opened."""

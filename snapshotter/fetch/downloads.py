@@ -38,7 +38,6 @@ from snapshotter.fetch.sources import Sources
 from snapshotter.fetch.space import ROUNDING, Space
 from snapshotter.fetch.transfer import Transfer
 from snapshotter.fetch.workers import WorkerPool
-from snapshotter.heap import give_back
 from snapshotter.layer.spans import SpanState
 from snapshotter.registry.ranges import RangeClient
 from snapshotter.registry.retry import Timeouts
@@ -61,9 +60,6 @@ _KIND_OF = {
 
 HOST = ""
 """The name of the whole host among those that have a cap."""
-
-IDLE_SECONDS = 5.0
-"""Time without a transfer after which memory is given back; a program that starts does not pause so long."""
 
 
 class Downloads:
@@ -95,7 +91,6 @@ class Downloads:
         self._transfers: dict[Transfer, None] = {}
         self._buffers = Buffers(options.memory_bytes)
         self._reserved = 0
-        self._idle_since = 0.0
         self._refusing = False
         self._quiet_timer = 0.0
         self._paces = (Pace(options.background_bytes_per_s), Pace(options.background_bytes_per_s_per_image))
@@ -363,16 +358,13 @@ class Downloads:
             self._space.settle(transfer.admitted)
             self._buffers.give(transfer.buffer)
             transfer.layer.unpin()
-            if not self._transfers:
-                self._idle_since = trio.current_time()
-                self._context.timers.after(IDLE_SECONDS, self._trim)
+            self._context.rest.disturb()
 
-    def _trim(self) -> None:
-        """Give memory back to the system if nothing has been fetched for a while."""
-        if not self._transfers and self._idle_since + IDLE_SECONDS <= trio.current_time():
+    def let_go(self) -> None:
+        """Keep no buffers for later, unless something is under way that will want them."""
+        if not self._transfers:
             self._buffers.clear()
             self._set_gauges()
-            self._context.chores.submit(0, give_back, lambda _: None)
 
     def _count_bytes(self) -> None:
         """Let the link's estimate and the counters know what has come, on all transfers."""

@@ -40,7 +40,7 @@ READ_SECONDS = 10.0
 
 
 class Fetcher:
-    """All layers of one host. Make it inside a trio run, and run `context.timers.run` beside it."""
+    """All layers of one host. Make it inside a trio run, and run `context.timers` and `context.rest` beside it."""
 
     def __init__(self, context: Context, store: LayerStore) -> None:
         self._context = context
@@ -113,6 +113,10 @@ class Fetcher:
         else:
             self._sources.failed(layer, message.error, temporary=message.temporary)
 
+    def at_rest(self) -> None:
+        """Let go of what only work needs."""
+        self._downloads.let_go()
+
     def leave_clean(self) -> None:
         """Write down what is to be found at the next start, and close every layer. Ends all use."""
         for layer in self._context.layers.values():
@@ -120,7 +124,7 @@ class Fetcher:
             try:
                 trace.append(layer.files.paths.trace, layer.trace.take_unsaved())
             except OSError as error:
-                log.warning("trace not written", extra={"layer": layer.digest, "reason": str(error)})
+                self._trace_saved(layer, error)
             layer.close()
         self._context.layers.clear()
 
@@ -214,7 +218,9 @@ class Fetcher:
             )
 
     def _trace_saved(self, layer: ActiveLayer, outcome: Exception | None) -> None:
-        if outcome is not None:
+        if outcome is not None and not isinstance(
+            outcome, FileNotFoundError
+        ):  # the layer is removed, trace and all
             log.warning("trace not written", extra={"layer": layer.digest, "reason": str(outcome)})
 
     # ---- what the parts report ----

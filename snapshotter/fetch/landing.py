@@ -168,6 +168,7 @@ class Landing:
     def _worked(
         self, layer: ActiveLayer, flight: Flight[Reader], admitted: int, outcome: Outcome | Exception
     ) -> None:
+        self._context.rest.disturb()
         self._space.settle(admitted)
         if not layer.closed:
             if isinstance(outcome, Outcome):

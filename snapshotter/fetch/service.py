@@ -53,6 +53,7 @@ class Service:
         fetcher = Fetcher(context, self._store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(context.timers.run)
+            nursery.start_soon(context.rest.run, fetcher.at_rest)
             nursery.start_soon(self._send)
             with self._stop:
                 await self._receive(fetcher, nursery)

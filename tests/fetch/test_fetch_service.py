@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from snapshotter.fetch import control, downloads
+from snapshotter import heap, rest
+from snapshotter.fetch import control
 from snapshotter.layer import wire
+from snapshotter.layer.spans import SpanState
 from snapshotter.units import Digest
 from tests.conftest import ExpectedLogs
 from tests.fetch.rig import Rig, make_layer, settle
@@ -134,16 +137,48 @@ def test_a_trace_that_cannot_be_written_is_said_and_harms_nothing(
     assert len(expected_logs.records) == 2, "once while running, once at the end"
 
 
-def test_idle_memory_is_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "IDLE_SECONDS", 600.0)
+def test_the_trace_of_a_layer_that_is_removed_is_not_missed(tmp_path: Path, registry: Registry) -> None:
+    layer = make_layer()
+    with Rig(tmp_path, registry) as rig:
+        rig.add(layer)
+        rig.open(layer)
+        server = rig.connect(layer)
+        server.read(5)
+        shutil.rmtree(rig.store.paths(layer.digest).trace.parent)
+        server.say(wire.Touch(3))
+        server.want(6)
+        server.wait(6)
+    # Now it has ended, and the guard of the logs has found nothing said.
+
+
+def test_memory_is_given_back_at_rest(rig: Rig, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "QUIET_SECONDS", 0.2)
     layer = rig.add(make_layer())
     server = rig.connect(layer)
     server.read(3)
-    rig.wait_for(lambda: rig.count("memory_idle_bytes"), "a buffer that is kept")
-    monkeypatch.setattr(downloads, "IDLE_SECONDS", 0.2)
-    assert server.read(15) == layer.content(15)
-    rig.wait_for(lambda: rig.count("memory_idle_bytes") == 0, "nothing kept")
+    stall = registry.fault(Stall(path="/blobs/", after=10))
+    server.want(15)
+    rig.wait_for(lambda: stall.hits, "a transfer that goes on")
     assert server.read(9) == layer.content(9)
+    rig.wait_for(lambda: rig.count("memory_idle_bytes"), "a buffer that is kept for what comes")
+    stall.release()
+    server.wait(15)
+    rig.wait_for(lambda: rig.count("memory_idle_bytes") == 0, "nothing kept")
+    assert server.read(12) == layer.content(12)
+
+
+def test_inflating_disturbs_the_rest_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(rest, "QUIET_SECONDS", 0.2)
+    layer = rig.add(make_layer())
+    rig.open(layer, background=True)
+    rig.wait_verified(layer)
+    server = rig.connect(layer)
+    assert rig.states(layer)[3] is SpanState.FETCHED
+    monkeypatch.setattr(heap, "give_back", lambda: given.append(rig.count("spans_inflated")))
+    before = rig.count("spans_inflated")
+    assert server.read(3) == layer.content(3)
+    rig.wait_for(lambda: given and given[-1] > before, "memory given back after that")
 
 
 def test_no_secret_of_a_source_is_logged(

@@ -1,4 +1,4 @@
-"""The daemon gives memory back when nothing has been asked of it for a while, once each time."""
+"""A process gives memory back when it had nothing to do for a while, once each time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from snapshotter.daemon.rest import QUIET_SECONDS, Rest
+from snapshotter.rest import QUIET_SECONDS, Rest
 
 
 def test_it_waits_for_quiet_and_does_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
