@@ -25,6 +25,7 @@ from bench import (
     idle,
     misses,
     mounts,
+    packed,
     prepare,
     readme,
     restart,
@@ -94,6 +95,7 @@ SECTIONS: dict[str, Section] = {
     "restart": restart.figures,
     "idle": idle.figures,
     "fullpull": fullpull.figures,
+    "packed": packed.figures,
     "coldstart": cold_starts,
 }
 

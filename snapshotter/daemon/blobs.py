@@ -10,7 +10,7 @@ Concurrency: plain blocking calls, for threads; `BlobSite` belongs to one job.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +80,9 @@ class _InContainerd:
 
 
 @contextmanager
-def discarding(scratch: Path) -> Iterator[BlobSite]:
-    """Give a site whose blobs are gone when they are closed."""
-    with closing(FileStore(scratch)) as store:
+def discarding(scratch: Path, uses: Iterable[Digest]) -> Iterator[BlobSite]:
+    """Give a site whose blobs are gone when they have been opened and closed, each as often as it is in `uses`."""
+    with closing(FileStore(scratch, uses)) as store:
         yield _InFiles(store)
 
 

@@ -15,7 +15,8 @@ from contextlib import suppress
 from snapshotter.daemon.credentials import Family
 from snapshotter.daemon.fetching import FetcherProcess
 from snapshotter.daemon.phases import Phase, Phases, Timings
-from snapshotter.daemon.provider import REASONS, Provider
+from snapshotter.daemon.provider import Provider
+from snapshotter.daemon.reasons import REASONS
 from snapshotter.daemon.reference_metrics import LayerNumbers
 from snapshotter.daemon.totals import Totals
 from snapshotter.fuse.counters import NAMES

@@ -1,10 +1,12 @@
-"""Pulling an image in full, faster than containerd does: for images that are not lazy.
+"""Pulling layers in full, faster than containerd does: of images that are not lazy, and those of an image that are not.
 
 When containerd asks for an image's first layer, that one and all above it are downloaded, in parallel ranges, and
 unpacked, several at once, into directories of our own. Each later call of containerd finds its layer done or waits for
-it; the directory becomes the snapshot's. Blobs go to containerd's content store as they would without us.
+it; the directory becomes the snapshot's. Blobs go to containerd's content store as they would without us; those of a
+lazy image, whose others are not there either, are discarded.
 
-A failure is the end of the job: containerd is told to go on by itself, for this layer and those after it.
+A failure is the end of the job: containerd is told to go on by itself, for this layer and those after it; a layer of a
+lazy image is then pulled alone.
 
 Owns the directories below `<root>/unpack`. Concurrency: trio, one loop; a job is one task and what it starts.
 """
@@ -15,6 +17,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +38,7 @@ from snapshotter.heap import trim_heap
 from snapshotter.layer.inherit import Parent
 from snapshotter.nursery import open_nursery
 from snapshotter.oci.descriptor import Descriptor
-from snapshotter.oci.manifest import MAX_CONFIG_SIZE, parse_config
+from snapshotter.oci.manifest import MAX_CONFIG_SIZE, ImageManifest, parse_config
 from snapshotter.oci.reference import Reference
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.retry import RetryPolicy, Timeouts
@@ -166,39 +169,74 @@ class ParallelPulls:
         Raises SnapshotterError or OSError when containerd had better do it itself.
         """
         key = (request.namespace, asked.manifest)
-        self._failed = {k: v for k, v in self._failed.items() if v[0] > trio.current_time()}
+        self._forget_failures()
         if key in self._failed:
             raise self._failed[key][1]
         job = self._jobs.get(key)
         if job is None:
-            job = self._jobs[key] = _Job(asked.layer, len(parents))
-            self._nursery.start_soon(self._run, key, job, asked.image)
+            job = self._start(key, _Job(asked.layer, len(parents)), asked.image)
         return await job.provide(asked.layer, request.directory, parents)
+
+    def begin(
+        self, request: LayerRequest, asked: Asked, manifest: ImageManifest, packed: AbstractSet[Digest]
+    ) -> None:
+        """Start pulling the `packed` layers of a lazy image, from the one that is asked for up. To be called for each
+        layer of the image: it tells that its client goes on.
+        """
+        key = (request.namespace, asked.manifest)
+        self._forget_failures()
+        if (job := self._jobs.get(key)) is not None:
+            job.note_call()
+        elif packed and key not in self._failed:
+            self._start(key, _Job(asked.layer, len(request.parent_ids), manifest, packed), asked.image)
+
+    async def take(self, request: LayerRequest, asked: Asked, parents: list[Parent]) -> Usage:
+        """Make `request.directory` what `begin` has made of the layer, and return what it occupies.
+
+        Raises SnapshotterError or OSError when it has to be had otherwise.
+        """
+        job = self._jobs.get((request.namespace, asked.manifest))
+        if job is None:
+            raise Unavailable(f"nothing of {asked.image} is being pulled")
+        return await job.provide(asked.layer, request.directory, parents)
+
+    def _start(self, key: tuple[str, Digest], job: _Job, image: Reference) -> _Job:
+        self._jobs[key] = job
+        self._nursery.start_soon(self._run, key, job, image)
+        return job
+
+    def _forget_failures(self) -> None:
+        now = trio.current_time()
+        self._failed = {key: failure for key, failure in self._failed.items() if failure[0] > now}
 
     async def _run(self, key: tuple[str, Digest], job: _Job, image: Reference) -> None:
         try:
             await self._pull(key, job, image)
         except (SnapshotterError, OSError) as error:
+            _log.info("layers cannot be pulled ahead", extra={"image": str(image), "error": str(error)})
             self._failed[key] = (trio.current_time() + _FAILED_HOLDS_S, error)
             job.fail(error)
         except Exception as error:  # noqa: BLE001 - a defect of ours must not fail a pull
             _log.exception("parallel pull failed", extra={"image": str(image)})
-            job.fail(error)
+            job.fail(ProcessFailed(f"a defect: {error!r}"))
         finally:
             del self._jobs[key]
             trim_heap()
             job.fail(ProcessFailed("the pull was given up"))
             with trio.CancelScope(shield=True):
-                await self._tidy([layer.directory.parent for layer in job.layers])
+                await self._tidy([layer.directory.parent for layer in job.layers.values()])
 
     async def _pull(self, key: tuple[str, Digest], job: _Job, image: Reference) -> None:
         namespace, manifest = key
-        documents = await self._documents(namespace, image)
+        keeps = self.settings.keep_blobs and job.lazy is None
+        documents = await self._documents(namespace, image, job.lazy, keeps=keeps)
         job.plan(documents, self._place)
         site: AbstractContextManager[BlobSite] = (
             self._kept.site(namespace, manifest, documents)
-            if self.settings.keep_blobs
-            else discarding(self._unpacker.scratch)
+            if keeps
+            else discarding(
+                self._unpacker.scratch, (each.packed.descriptor.digest for each in job.layers.values())
+            )
         )
         async with _entered(site) as blobs, open_nursery() as nursery:
             nursery.start_soon(job.wait_for_client)
@@ -216,8 +254,8 @@ class ParallelPulls:
         started = _semaphore(self.settings.unpacks_per_image and self.settings.unpacks_per_image + 1)
         with closing(downloads):
             async with open_nursery() as nursery:
-                downloads.start([layer.packed.descriptor for layer in job.layers], nursery)
-                for layer in job.layers:
+                downloads.start([layer.packed.descriptor for layer in job.layers.values()], nursery)
+                for layer in job.layers.values():
                     await downloads.wait(layer.packed.descriptor.digest)
                     place = _Place()
                     await place.take(started)
@@ -246,11 +284,14 @@ class ParallelPulls:
             place.give_back()
         layer.done.set()
 
-    async def _documents(self, namespace: str, image: Reference) -> Documents:
-        if self.settings.keep_blobs:
+    async def _documents(
+        self, namespace: str, image: Reference, manifest: ImageManifest | None, *, keeps: bool
+    ) -> Documents:
+        if keeps:
             assert image.digest is not None
             return await trio.to_thread.run_sync(self._kept.documents, namespace, image.digest)
-        manifest, _data = await image_manifest(self._client, image)
+        if manifest is None:
+            manifest, _data = await image_manifest(self._client, image)
         config = await self._client.blob(image, manifest.config, max_size=MAX_CONFIG_SIZE)
         return Documents(manifest, parse_config(config))
 
@@ -266,16 +307,25 @@ class ParallelPulls:
 
 
 class _Job:
-    """One image that is being pulled, from the layer that was asked for first."""
+    """One image that is being pulled, from the layer that was asked for first; of a `lazy` one the `packed` layers."""
 
-    def __init__(self, first: Digest, depth: int) -> None:
+    def __init__(
+        self,
+        first: Digest,
+        depth: int,
+        lazy: ImageManifest | None = None,
+        packed: AbstractSet[Digest] = frozenset(),
+    ) -> None:
+        self.lazy = lazy
+        self._packed = packed
         self._first = first
         self._depth = depth
         self._planned = trio.Event()
         self._error: Exception | None = None
         self._calls = 0
         self._last_call = trio.current_time()
-        self.layers: list[_Layer] = []
+        self.layers: dict[int, _Layer] = {}
+        """By their position in the image."""
         self.all_taken = trio.Event()
 
     def plan(self, documents: Documents, place: Callable[[], Path]) -> None:
@@ -286,16 +336,22 @@ class _Job:
         if self._depth >= len(layers) or layers[self._depth].digest != self._first:
             raise InvalidIndex(f"layer {self._first} is not number {self._depth + 1} of its image")
         for position in range(self._depth, len(layers)):
+            if self.lazy is not None and layers[position].digest not in self._packed:
+                continue
             packed = PackedLayer(_plain(layers[position]), diff_ids[position], is_base=position == 0)
             _ = packed.compression
-            self.layers.append(_Layer(packed, place()))
+            self.layers[position] = _Layer(packed, place())
         self._planned.set()
+
+    def note_call(self) -> None:
+        """The client goes on, with another layer."""
+        self._last_call = trio.current_time()
 
     def fail(self, error: Exception) -> None:
         """End every call, and those to come, with `error`; the first one counts."""
         self._error = self._error or error
         self._planned.set()
-        for layer in self.layers:
+        for layer in self.layers.values():
             if not layer.done.is_set():
                 layer.error = self._error
                 layer.done.set()
@@ -305,12 +361,11 @@ class _Job:
         self._calls += 1
         try:
             await self._planned.wait()
-            position = len(parents) - self._depth
             if self._error is not None:
                 raise self._error
-            if not 0 <= position < len(self.layers):
+            layer = self.layers.get(len(parents))
+            if layer is None:
                 raise Unavailable(f"layer {digest} is not one that is being pulled")
-            layer = self.layers[position]
             if layer.taken or layer.packed.descriptor.digest != digest:
                 raise Unavailable(f"layer {digest} belongs to another pull of the same image")
             layer.taken = True
@@ -324,8 +379,8 @@ class _Job:
             return layer.usage
         finally:
             self._calls -= 1
-            self._last_call = trio.current_time()
-            if self.layers and all(each.taken for each in self.layers) and not self._calls:
+            self.note_call()
+            if self.layers and all(each.taken for each in self.layers.values()) and not self._calls:
                 self.all_taken.set()
 
     async def wait_for_client(self) -> None:

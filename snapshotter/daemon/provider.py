@@ -30,19 +30,10 @@ from snapshotter.daemon.locks import Locks
 from snapshotter.daemon.mending import Mender
 from snapshotter.daemon.parallelpull import ParallelPulls
 from snapshotter.daemon.phases import Phase, Phases
+from snapshotter.daemon.reasons import REASONS, reason_of
 from snapshotter.daemon.sources import BlobSources
 from snapshotter.daemon.unpacking import Unpacker
-from snapshotter.errors import (
-    CorruptData,
-    NoIndex,
-    NoZtoc,
-    ProcessFailed,
-    RegistryError,
-    SnapshotterError,
-    Unavailable,
-    UnsupportedLayer,
-    UsageError,
-)
+from snapshotter.errors import NoIndex, NoZtoc, SnapshotterError, Unavailable, UsageError
 from snapshotter.fuse import mounting
 from snapshotter.fuse.keeper import Keeper
 from snapshotter.fuse.mountpoint import MountSpec
@@ -60,13 +51,6 @@ _log = logging.getLogger(__name__)
 
 _RESTORE_PATIENCE_S = 20.0
 """How long a start waits for the fetcher to look at what the host's last boot has left; then it comes later."""
-
-REASONS = (
-    "missing-labels", "not-lazy", "no-index", "index-failed", "no-ztoc", "unsupported-layer", "corrupt-data",
-    "registry-failed", "timeout", "process-failed", "mount-failed", "unpack-failed",
-    "parallel-mode", "parallel-failed",
-)  # fmt: skip
-"""Why a layer may not be lazy, in the words of the metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +255,14 @@ class Provider:
         except SnapshotterError as error:
             return self._deferred("index-failed", request, error)
         self._prepare_ahead(asked.image, found)
+        self._unpack_ahead(request, asked, found)
         try:
             return await self._provide_lazily(request, asked, found)
         except NoZtoc as error:
             self._count("no-ztoc")
             _log.info("layer is unpacked", extra={"layer": asked.layer, "reason": str(error)})
         except (SnapshotterError, OSError, ValueError, trio.TooSlowError) as error:
-            self._count(_reason(error))
+            self._count(reason_of(error))
             _log.warning(
                 "layer cannot be lazy; it is unpacked",
                 extra={"layer": asked.layer, "error": str(error) or type(error).__name__},
@@ -331,12 +316,19 @@ class Provider:
         try:
             parents = self._parents(request.parent_ids)
             with self._phases.timed(Phase.UNPACK, asked.layer):
-                usage = await self._unpacker.unpack(
-                    asked.image, found.manifest, asked.layer, request.directory, parents
-                )
+                usage = await self._unpack(request, asked, found, parents)
         except (SnapshotterError, OSError) as error:
             return self._deferred("unpack-failed", request, error)
         return Local(usage)
+
+    async def _unpack(
+        self, request: LayerRequest, asked: Asked, found: Found, parents: list[Parent]
+    ) -> Usage:
+        with suppress(SnapshotterError, OSError):  # a head start only; what is wrong is said now
+            return await self._parallel.take(request, asked, parents)
+        return await self._unpacker.unpack(
+            asked.image, found.manifest, asked.layer, request.directory, parents
+        )
 
     async def _in_parallel(self, reason: str, request: LayerRequest, asked: Asked, why: object) -> Provided:
         """Pull an image that cannot be lazy, for this `reason`, if that is what we do; else leave it to the client."""
@@ -359,6 +351,15 @@ class Provider:
             if entry.layer not in self._prepared:
                 self._prepared.add(entry.layer)
                 self._nursery.start_soon(self._prepare_layer, image, found, entry.layer, entry.descriptor())
+
+    def _unpack_ahead(self, request: LayerRequest, asked: Asked, found: Found) -> None:
+        """Start pulling the layers from this one up that will not be lazy: there may be dozens of small ones."""
+        above = found.manifest.layers[len(request.parent_ids) :]
+        packed = {each.digest for each in above if not self._is_lazy(found, each.digest, each.size)}
+        self._parallel.begin(request, asked, found.manifest, packed)
+
+    def _is_lazy(self, found: Found, layer: Digest, size: int) -> bool:
+        return found.index.ztoc_for(layer) is not None and size >= self.settings.min_layer_size
 
     async def _prepare_layer(self, image: Reference, found: Found, layer: Digest, ztoc: Descriptor) -> None:
         try:
@@ -433,17 +434,3 @@ class Provider:
             },
         )
         return Deferred(reason)
-
-
-def _reason(error: BaseException) -> str:
-    """Return the word for the metric."""
-    for kind, word in (
-        (UnsupportedLayer, "unsupported-layer"),
-        (CorruptData, "corrupt-data"),
-        (RegistryError, "registry-failed"),
-        (trio.TooSlowError, "timeout"),
-        (ProcessFailed, "process-failed"),
-    ):
-        if isinstance(error, kind):
-            return word
-    return "mount-failed"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Final
 
@@ -20,11 +22,16 @@ _WRITE: Final = 1 << 20
 
 
 class FileStore:
-    """Blobs of one pull, in files below `directory` that vanish when they are closed."""
+    """Blobs of one pull, in files below `directory` that vanish when they are closed.
 
-    def __init__(self, directory: Path) -> None:
+    `uses` are the blobs that will be taken, each as often as it will be: an image may have a layer twice.
+    """
+
+    def __init__(self, directory: Path, uses: Iterable[Digest] = ()) -> None:
         self._directory = directory
         self._files: dict[Digest, IO[bytes]] = {}
+        self._left = Counter(uses)
+        self._lock = threading.Lock()
 
     def ingest(self, digest: Digest, size: int) -> FileSink:
         """Return a sink for a blob. Raises OSError."""
@@ -32,7 +39,11 @@ class FileStore:
 
     def take(self, digest: Digest) -> IO[bytes]:
         """Return the file of a blob that was committed; it is the caller's from now on."""
-        return self._files.pop(digest)
+        with self._lock:
+            self._left[digest] -= 1
+            if self._left[digest] > 0:
+                return open(f"/proc/self/fd/{self._files[digest].fileno()}", "rb")
+            return self._files.pop(digest)
 
     def close(self) -> None:
         """Close the files that nobody took."""
