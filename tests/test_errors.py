@@ -12,7 +12,7 @@ import pytest
 
 from snapshotter import errors
 from snapshotter.daemon import service
-from snapshotter.daemon.provider import _reason
+from snapshotter.daemon.reasons import reason_of
 from snapshotter.errors import RegistryError, SnapshotterError
 from snapshotter.fuse.operations import ERRNO_OF
 
@@ -61,11 +61,11 @@ def test_the_tables_hold_nothing_that_is_no_error_of_ours() -> None:
 
 def test_every_leaf_has_a_word_for_the_metric() -> None:
     """Of those that a layer may fail with: reasons are few, and none of them is a class name."""
-    words = {_reason(kind("x")) for kind in leaves()}
+    words = {reason_of(kind("x")) for kind in leaves()}
     assert words == {
         "unsupported-layer", "corrupt-data", "registry-failed", "process-failed", "mount-failed",
     }  # fmt: skip
-    assert _reason(OSError("x")) == "mount-failed"
+    assert reason_of(OSError("x")) == "mount-failed"
 
 
 def test_only_registry_errors_may_pass() -> None:
