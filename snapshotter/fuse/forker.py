@@ -160,6 +160,7 @@ class Forker:
         if self._up.is_set():
             self._up = trio.Event()
         if self._zygote is not None:
+            self._zygote.process.kill()
             trio.lowlevel.notify_closing(self._zygote.socket)
             self._zygote.socket.close()
             await trio.to_thread.run_sync(self._zygote.end)

@@ -26,9 +26,9 @@ class Zygote(NamedTuple):
     socket: socket.socket
 
     def end(self) -> None:
-        """End it and wait for that; may be called again."""
-        self.socket.close()
+        """End it and wait for that; may be called again. It has no time for last words: its root is empty by now."""
         self.process.kill()
+        self.socket.close()
         self.process.wait()
 
 

@@ -244,7 +244,7 @@ def test_a_zygote_that_is_away_is_no_fault_of_the_layer(
     workdir: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, expected_logs: ExpectedLogs
 ) -> None:
     expected_logs.allow("zygote ended")
-    monkeypatch.setattr("snapshotter.fuse.forker.sys.executable", "/bin/false")
+    monkeypatch.setattr("snapshotter.fuse.spawning.sys.executable", "/bin/false")
 
     async def test(rig: Rig) -> None:
         with pytest.raises(ProcessFailed):

@@ -96,7 +96,7 @@ def test_a_zygote_that_cannot_start_is_named_in_time(
     monkeypatch.setattr(selftest, "_TIMEOUT_S", 1.0)
 
     async def test(kept: Kept) -> None:
-        monkeypatch.setattr("snapshotter.fuse.forker.sys.executable", "/bin/false")
+        monkeypatch.setattr("snapshotter.fuse.spawning.sys.executable", "/bin/false")
         assert kept.forker.pid is not None
         os.kill(kept.forker.pid, signal.SIGKILL)
         started = trio.current_time()
