@@ -9,7 +9,6 @@ Concurrency: any threads; gRPC's bring credentials, the loop looks them up.
 from __future__ import annotations
 
 import base64
-import binascii
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -93,7 +92,7 @@ def _credentials(username: str, password: str, auth: str, identity_token: str) -
     if auth:
         try:
             name, colon, secret = base64.b64decode(auth, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # not ASCII, not base64, or not UTF-8 in it
             return None
         return Credentials(name, secret.rstrip("\0")) if colon else None
     return None

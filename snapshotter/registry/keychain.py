@@ -7,7 +7,6 @@ one. Deliberately not here: caching, which belongs to whoever knows when credent
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -156,7 +155,7 @@ def from_entry(entry: object, host: str, source: str) -> Credentials | None:
     if isinstance(encoded, str) and encoded:
         try:
             username, colon, secret = base64.b64decode(encoded, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # not ASCII, not base64, or not UTF-8 in it
             colon = ""
         if not colon:
             raise AuthenticationFailed(f"{where}: `auth` is not base64 of user:password") from None

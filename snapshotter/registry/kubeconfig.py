@@ -9,7 +9,6 @@ Concurrency: trio. Nothing is kept: each connection reads the files again, so th
 from __future__ import annotations
 
 import base64
-import binascii
 import importlib
 import json
 import os
@@ -158,7 +157,7 @@ async def _login(user: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=False)
-    except binascii.Error:
+    except ValueError:
         raise ValueError("not base64") from None
 
 

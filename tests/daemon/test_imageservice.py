@@ -191,6 +191,7 @@ def test_a_removed_images_credentials_go(channel: grpc.Channel, keychain: CriKey
         ),
         ({"username": "u", "password": "p", "server_address": "other.example"}, None),
         ({"auth": "not base64!"}, None),
+        ({"auth": "\u044fw"}, None),
         ({"auth": base64.b64encode(b"no colon").decode()}, None),
         ({"registry_token": "t"}, None),
         ({}, None),

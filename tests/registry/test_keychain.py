@@ -117,6 +117,7 @@ def test_the_forms_of_an_entry(
         ({"auths": {"r.example": {"auth": "s3cret!"}}}, "`auth` is not base64 of user:password"),
         ({"auths": {"r.example": {"auth": "czNjcmV0"}}}, "`auth` is not base64 of user:password"),
         ({"auths": {"r.example": {"auth": "/////w=="}}}, "`auth` is not base64 of user:password"),
+        ({"auths": {"r.example": {"auth": "\u044fw"}}}, "`auth` is not base64 of user:password"),
         ({"credsStore": "../../bin/sh"}, "is not the name of a credential helper"),
         ({"credsStore": 5}, "is not the name of a credential helper"),
     ],
