@@ -158,13 +158,21 @@ def test_a_cached_layer_is_not_asked(workdir: Path, layer: LazyLayer) -> None:
                 f"find {target} -ls; cat {target}/d/* > /dev/null; ls -lR {target}; test ! -e {target}/nope"
             )
             first = await shell(walk)
-            before = kept.keeper.counters(1)
-            assert before["requests_read"] > 0
-            assert before["requests_lookup"] > 0
-            assert await shell(walk) == first
-            after = kept.keeper.counters(1)
-            for kind in ("lookup", "getattr", "getxattr", "listxattr", "read", "readlink"):
-                assert after[f"requests_{kind}"] == before[f"requests_{kind}"], kind
+            seen = asked(kept)
+            assert seen["read"] > 0
+            assert seen["lookup"] > 0
+            # Read-ahead may still be under way, and whoever drops the page cache drops it for all of the machine.
+            with trio.fail_after(60):
+                while True:
+                    before = asked(kept)
+                    assert await shell(walk) == first
+                    if asked(kept) == before:
+                        break
+
+    def asked(kept: Kept) -> dict[str, int]:
+        counters = kept.keeper.counters(1)
+        kinds = ("lookup", "getattr", "getxattr", "listxattr", "read", "readlink")
+        return {kind: counters[f"requests_{kind}"] for kind in kinds}
 
     trio.run(main)
 
