@@ -17,7 +17,7 @@ import trio
 from snapshotter.fuse import mounting
 from snapshotter.fuse.mountpoint import State
 from tests.conftest import ExpectedLogs
-from tests.support.keeping import keeping, shell
+from tests.support.keeping import Kept, keeping, shell
 from tests.support.lazylayer import LazyLayer, make_layer, make_tar
 from tests.support.process import is_alive, open_descriptors
 
