@@ -9,7 +9,6 @@ Concurrency: one trio run. Which pod an image is for is not known here: all secr
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -198,7 +197,7 @@ def _auths(secret: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         config = json.loads(base64.b64decode(secret["data"][".dockerconfigjson"]))
         auths = config["auths"]
-    except (KeyError, TypeError, ValueError, binascii.Error, RecursionError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     return auths if isinstance(auths, dict) else {}
 

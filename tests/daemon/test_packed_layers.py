@@ -12,7 +12,7 @@ import trio
 from snapshotter.daemon import parallelpull
 from snapshotter.snapshot.layers import Deferred, Lazy, Local, Provided
 from tests.conftest import ExpectedLogs
-from tests.daemon.test_parallelpull import PARALLEL, nothing_left
+from tests.daemon.test_parallelpull import PARALLEL, nothing_left, pull
 from tests.support.images import directory, tar
 from tests.support.indexed import IndexedImage, publish
 from tests.support.lazylayer import make_tar
@@ -33,14 +33,6 @@ ONCE = 2
 """Requests for a blob: where it is, and for its bytes."""
 
 pytestmark = pytest.mark.usefixtures("fuse")
-
-
-async def pull(rig: Providing, image: IndexedImage, *layers: int) -> list[Provided]:
-    """Prepare the layers as containerd does, one after another; all of them unless some are named."""
-    return [
-        await rig.prepare(image, number, parents=tuple(range(number, 0, -1)))
-        for number in layers or range(len(image.layers))
-    ]
 
 
 def fetches(registry: Registry, image: IndexedImage, layer: int) -> int:

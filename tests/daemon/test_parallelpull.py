@@ -21,7 +21,7 @@ from snapshotter.registry.hosts import named_host
 from snapshotter.registry.hostsfile import HostsDirectories
 from snapshotter.registry.mirrors import ConfiguredHosts
 from snapshotter.registry.retry import DEFAULT_RETRY, DEFAULT_TIMEOUTS, RetryPolicy
-from snapshotter.snapshot.layers import Deferred, Local
+from snapshotter.snapshot.layers import Deferred, Local, Provided
 from snapshotter.units import sha256_digest
 from tests.conftest import ExpectedLogs
 from tests.support.images import directory, tar
@@ -46,10 +46,11 @@ def unindexed(registry: Registry) -> IndexedImage:
     return publish(registry, LAYERS, version=None)
 
 
-async def pull(rig: Providing, image: IndexedImage, *layers: int) -> list[object]:
+async def pull(rig: Providing, image: IndexedImage, *layers: int) -> list[Provided]:
+    """Prepare the layers as containerd does, one after another; all of them unless some are named."""
     return [
         await rig.prepare(image, number, parents=tuple(range(number, 0, -1)))
-        for number in layers or (0, 1, 2)
+        for number in layers or range(len(image.layers))
     ]
 
 
